@@ -1,0 +1,1 @@
+"""The GLM architectures, and which class reads which config.json."""

@@ -1,0 +1,67 @@
+"""A workspace of its own for every test, and one small random checkpoint for all that need a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+REPOSITORY = Path(__file__).resolve().parent.parent
+GOLDEN = REPOSITORY / "tests" / "golden"
+SHARED = Path(os.environ.get("GLM_SHARED_DATA", REPOSITORY.parent / "shared" / "data")).parent
+
+
+@pytest.fixture(autouse=True)
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test touches the workspace of whoever runs it."""
+    folder = tmp_path / "workspace"
+    monkeypatch.setenv("GLM_WORKSPACE", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A two-layer ChatGLM3 checkpoint with random weights, in a folder with a space, a dot and Chinese."""
+    import shutil
+
+    import torch
+
+    from glm_core.minimodel import training
+    from glm_core.models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM
+    from glm_core.settings import MINI
+
+    folder = tmp_path_factory.mktemp("模型 v1.1") / "tiny chatglm3"
+    torch.manual_seed(7)
+    config = ChatGLM2Config.from_released(
+        {
+            "padded_vocab_size": training.PADDED,
+            "hidden_size": 64,
+            "ffn_hidden_size": 96,
+            "num_layers": 2,
+            "num_attention_heads": 4,
+            "multi_query_group_num": 2,
+            "kv_channels": 16,
+            "layernorm_epsilon": 1e-5,
+            "seq_length": 2048,
+        }
+    )
+    model = ChatGLM2ForCausalLM(config)
+    with torch.no_grad():  # spread the logits, so that greedy choices are far from ties
+        model.lm_head.weight.mul_(60)
+    training.save(model.state_dict(), config, folder)
+    shutil.copy(MINI / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture
+def engine(tiny_checkpoint: Path) -> Iterator[object]:
+    """A running engine in fp32 on the small checkpoint."""
+    from glm_core import checkpoints
+    from glm_core.engine import Engine
+
+    running = Engine(checkpoints.load(tiny_checkpoint, "fp32", "cpu"))
+    yield running
+    running.close()

@@ -1,0 +1,1168 @@
+"""The one scheduler: queue, continuous batches, prefix cache, streaming and cancel, around one loaded model.
+
+One thread owns the model. It keeps two batches, one of chat rows and one of batch rows, and advances them a token
+at a time, so a chat answer starts while thousands of rows are waiting. Rows join and leave a batch between steps.
+They are left-padded to a common length; positions and masks count real tokens only, so in fp32 a row gets the same
+tokens in any company (`Engine.self_test` shows that on the loaded model).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import threading
+import time
+import uuid
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from . import checkpoints
+from .errors import GLMError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .checkpoints import LoadedModel
+
+log = logging.getLogger(__name__)
+
+Priority = Literal["chat", "batch"]
+CHAT_QUEUE = 64  # waiting chat requests before a new one is refused
+BATCH_QUEUE = 2048
+CHAT_ROWS = 16
+CHAT_STEPS_PER_BATCH_ROUND = 3  # while somebody chats, batch work gets every fourth round
+FORWARD_SECONDS = 0.25  # no forward should keep a chat request waiting longer
+KEPT_HANDLES = 256
+
+
+class EngineBusy(GLMError):
+    """The queue is full; the request was not accepted."""
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How an answer is chosen token by token; the defaults are greedy and reproducible."""
+
+    max_new_tokens: int = field(default=512, metadata={"help": "Longest answer, in tokens"})
+    temperature: float = field(
+        default=0.0, metadata={"help": "0 takes the likeliest token every time (greedy)"}
+    )
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the smallest set with this probability"})
+    top_k: int = field(default=0, metadata={"help": "Sample from this many likeliest tokens; 0 is all"})
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1 makes used tokens less likely"})
+    seed: int | None = field(default=None, metadata={"help": "Same seed, same sampled answer"})
+    stop: tuple[str, ...] = field(default=(), metadata={"help": "Texts that end the answer; not part of it"})
+
+    def check(self) -> None:
+        """Raise a GLMError naming the first value outside its range."""
+        ranges: tuple[tuple[str, float, float, float], ...] = (
+            ("max_new_tokens", self.max_new_tokens, 1, 1_000_000),
+            ("temperature", self.temperature, 0, 10),
+            ("top_p", self.top_p, 1e-6, 1),
+            ("top_k", self.top_k, 0, 10_000_000),
+            ("repetition_penalty", self.repetition_penalty, 0.01, 10),
+        )
+        for name, value, low, high in ranges:
+            if not low <= value <= high:
+                raise GLMError(f"{name} is {value}.", f"Choose a value from {low:g} to {high:g}.")
+        if any(not text for text in self.stop):
+            raise GLMError("A stop text is empty.", "Remove it.")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"stop": list(self.stop)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> GenerationSettings:
+        known = {f.name for f in fields(cls)}
+        values = {key: value for key, value in data.items() if key in known}
+        return cls(**(values | {"stop": tuple(values.get("stop", ()))}))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to be continued. `prefix_length` leading ids are shared with other requests and computed once."""
+
+    prompt_ids: tuple[int, ...]
+    settings: GenerationSettings = GenerationSettings()
+    priority: Priority = "chat"
+    prefix_length: int = 0
+
+
+State = Literal["queued", "running", "done", "cancelled", "failed"]
+
+
+class Handle:
+    """A request on its way: its text so far, its state, its place in line; `cancel` ends it at the next token."""
+
+    def __init__(self, request: Request, engine: Engine) -> None:
+        self.id = uuid.uuid4().hex[:12]
+        self.request = request
+        self.state: State = "queued"
+        self.finish_reason: Literal["", "stop", "length", "cancelled", "error"] = ""
+        self.error: GLMError | None = None
+        self.notes: tuple[str, ...] = ()
+        self.ids: list[int] = []
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self.first_token: float | None = None
+        self.ended: float | None = None
+        self._engine = engine
+        self._cancelled = False
+        self._generator: torch.Generator | None = None
+        self._text: tuple[int, bool, str] = (-1, False, "")
+        self._changed = threading.Event()
+        self._callbacks: list[Callable[[Handle], None]] = []
+        self._lock = threading.Lock()
+
+    @property
+    def done(self) -> bool:
+        return self.state in ("done", "cancelled", "failed")
+
+    @property
+    def n_prompt(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def text(self) -> str:
+        """The answer so far, without a cut character at its end and without a stop text."""
+        count, finished = len(self.ids), self.done
+        if self._text[:2] != (count, finished):
+            text = self._engine.tokenizer.answer_text(self.ids[:count], finished)
+            for stop in self.request.settings.stop:
+                text = text.split(stop, 1)[0]
+            self._text = (count, finished, text)
+        return self._text[2]
+
+    @property
+    def place(self) -> int:
+        """How many requests of this priority are served before this one, plus one; 0 once it runs."""
+        return self._engine.place_of(self)
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.submitted
+
+    time_to_first_token = time_to_first_token_s
+
+    @property
+    def seconds(self) -> float:
+        """Seconds from submission to the end, or until now."""
+        return (self.ended or time.monotonic()) - self.submitted
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed after the first token; 0 before the second."""
+        if self.first_token is None or len(self.ids) < 2:
+            return 0.0
+        return (len(self.ids) - 1) / max((self.ended or time.monotonic()) - self.first_token, 1e-6)
+
+    def cancel(self, reason: str = "user") -> None:
+        """End the request before its next token; what it has generated is kept."""
+        self._cancelled = True
+        self._engine.wake()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; False if it did not come in time."""
+        return self._changed.wait(timeout)
+
+    def add_done_callback(self, function: Callable[[Handle], None]) -> None:
+        """Call `function(self)` once at the end, from the engine's thread; it must be quick."""
+        with self._lock:
+            if not self.done:
+                self._callbacks.append(function)
+                return
+        function(self)
+
+    def _finish(self, state: State, reason: str, error: GLMError | None = None) -> None:
+        with self._lock:
+            if self.done:
+                return
+            self.ended = time.monotonic()
+            self.error = error
+            self.finish_reason = reason  # type: ignore[assignment]
+            self.state = state
+            callbacks, self._callbacks = self._callbacks, []
+        self._generator = None
+        for function in callbacks:
+            try:
+                function(self)
+            except Exception:
+                log.exception("a done-callback failed")
+        self._changed.set()
+
+
+class KVCache:
+    """Keys and values of some rows, all right-aligned: tensors (rows, kv heads, capacity, head dim) per layer.
+
+    Passed to the model as `past_key_values`; with a ready 4-D mask and explicit positions the model only calls
+    `update`. Growing in place saves a copy of the whole cache per token.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self.keys: list[Tensor] = [None] * layers  # type: ignore[list-item]
+        self.values: list[Tensor] = [None] * layers  # type: ignore[list-item]
+        self.length = 0
+        self.room = 32
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        end = self.length + keys.shape[2]
+        if self.keys[layer] is None or self.keys[layer].shape[2] < end:
+            for store, new in ((self.keys, keys), (self.values, values)):
+                grown = new.new_empty(*new.shape[:2], end + self.room, new.shape[3])
+                if self.length:
+                    grown[:, :, : self.length] = store[layer][:, :, : self.length]
+                store[layer] = grown
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.length
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
+
+    def select(self, rows: Tensor, start: int = 0, end: int | None = None, room: int = 32) -> KVCache:
+        """A copy of some rows (repeats allowed) and of the columns from start to end."""
+        end = self.length if end is None else end
+        cache = KVCache(len(self.keys))
+        cache.length = end - start
+        for mine, theirs in ((self.keys, cache.keys), (self.values, cache.values)):
+            for layer, tensor in enumerate(mine):
+                grown = tensor.new_empty(len(rows), tensor.shape[1], cache.length + room, tensor.shape[3])
+                grown[:, :, : cache.length] = tensor[:, :, start:end].index_select(0, rows)
+                theirs[layer] = grown
+        return cache
+
+    @staticmethod
+    def stacked(first: KVCache, second: KVCache, room: int = 32) -> KVCache:
+        """The rows of both, right-aligned to the longer one; the columns in front are zero and must be masked."""
+        cache = KVCache(len(first.keys))
+        cache.length = max(first.length, second.length)
+        split = first.keys[0].shape[0]
+        for name in ("keys", "values"):
+            for layer, (a, b) in enumerate(zip(getattr(first, name), getattr(second, name), strict=True)):
+                both = a.new_zeros(split + b.shape[0], a.shape[1], cache.length + room, a.shape[3])
+                both[:split, :, cache.length - first.length : cache.length] = a[:, :, : first.length]
+                both[split:, :, cache.length - second.length : cache.length] = b[:, :, : second.length]
+                getattr(cache, name)[layer] = both
+        return cache
+
+
+class PrefixCache:
+    """Keys and values of prompt heads seen before, the least recently used dropped first."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.entries: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(cache.nbytes for cache in self.entries.values())
+
+    def longest(self, ids: Sequence[int]) -> tuple[int, KVCache | None]:
+        """The entry that shares the longest head with the ids, and how many ids it shares."""
+        best, found = 0, None
+        for key in self.entries:
+            shared = _common(key, ids)
+            if shared > best:
+                best, found = shared, key
+        if found is None:
+            return 0, None
+        self.entries.move_to_end(found)
+        return best, self.entries[found]
+
+    def put(self, ids: tuple[int, ...], cache: KVCache) -> None:
+        """Keep a head; entries it extends are dropped, and a head larger than the whole store is not kept."""
+        if cache.nbytes > self.max_bytes:
+            return
+        for key in [key for key in self.entries if len(key) <= len(ids) and ids[: len(key)] == key]:
+            del self.entries[key]
+        self.entries[ids] = cache
+        while self.nbytes > self.max_bytes:
+            self.entries.popitem(last=False)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class Rows:
+    """The running rows of one priority: their handles, cache, real columns and next positions."""
+
+    def __init__(self) -> None:
+        self.handles: list[Handle] = []
+        self.cache: KVCache | None = None
+        self.real: Tensor | None = None  # (rows, columns) bool: which cached columns hold a token
+        self.positions: Tensor | None = None  # (rows,) position of the next token
+        self.tokens: Tensor | None = None  # (rows,) the token to feed next
+
+    def __len__(self) -> int:
+        return len(self.handles)
+
+    def add(self, other: Rows) -> None:
+        import torch
+
+        if not self.handles:
+            self.__dict__.update(other.__dict__)
+            return
+        assert self.cache and other.cache and self.real is not None and other.real is not None
+        length = max(self.cache.length, other.cache.length)
+        self.cache = KVCache.stacked(self.cache, other.cache)
+        self.real = torch.cat([_right(self.real, length), _right(other.real, length)])
+        self.positions = torch.cat([self.positions, other.positions])  # type: ignore[list-item]
+        self.tokens = torch.cat([self.tokens, other.tokens])  # type: ignore[list-item]
+        self.handles = self.handles + other.handles
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop all other rows, and the columns in front that no kept row uses; their memory is free at once."""
+        import torch
+
+        if not rows:
+            self.__init__()  # type: ignore[misc]
+            return
+        assert self.cache is not None and self.real is not None
+        assert self.positions is not None and self.tokens is not None
+        index = torch.tensor(rows, device=self.real.device)
+        real = self.real.index_select(0, index)
+        start = int(real.any(0).int().argmax())
+        self.cache = self.cache.select(index, start)
+        self.real = real[:, start:].contiguous()
+        self.positions, self.tokens = self.positions[index], self.tokens[index]
+        self.handles = [self.handles[row] for row in rows]
+
+
+def _right(real: Tensor, length: int) -> Tensor:
+    import torch.nn.functional as F
+
+    return F.pad(real, (length - real.shape[1], 0), value=False)
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Whether rows generated together equal rows generated alone, on the loaded model."""
+
+    passed: bool
+    rows: int
+    text: str
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """What the engine is doing, for a status strip."""
+
+    name: str
+    precision: str
+    device: str
+    queued_chat: int
+    queued_batch: int
+    running_chat: int
+    running_batch: int
+    max_rows: int
+    weight_bytes: int
+    cache_bytes: int
+    notes: tuple[str, ...]
+    exact: bool | None
+    exact_text: str
+
+
+class Engine:
+    """Generates and scores with one loaded model; safe to call from any thread."""
+
+    def __init__(self, loaded: LoadedModel, max_rows: int | None = None) -> None:
+        self.loaded = loaded
+        self.model: Any = loaded.model
+        self.tokenizer = loaded.tokenizer
+        self.context = loaded.info.context
+        self.device = loaded.device
+        config: Any = loaded.model.config
+        self.layers = int(config.num_hidden_layers)
+        element = next(loaded.model.parameters()).element_size()
+        self.bytes_per_token = 2 * self.layers * config.num_key_value_heads * config.head_dim * element
+        self.max_rows = max_rows or self._room_for_rows()
+        self.prefixes = PrefixCache(max(16 << 20, min(loaded.weight_bytes // 10, 1 << 30)))
+        self.notes: tuple[str, ...] = ()
+        self.exact: SelfTest | None = None
+        self._queues: dict[str, deque[Handle]] = {"chat": deque(), "batch": deque()}
+        self._rows: dict[str, Rows] = {"chat": Rows(), "batch": Rows()}
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._handles: OrderedDict[str, Handle] = OrderedDict()
+        self._condition = threading.Condition()
+        self._closing = False
+        self._prefill_speed = 2000.0  # tokens/s, replaced by what is measured
+        self._chat_steps = 0
+        self._thread = threading.Thread(target=self._run, name="glm-engine", daemon=True)
+        self._thread.start()
+
+    # ---- what callers use ------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request. EngineBusy when the queue is full, GLMError when it cannot fit the context."""
+        self._check(request)
+        handle = Handle(request, self)
+        with self._condition:
+            self._refuse_if_closed()
+            queue = self._queues[request.priority]
+            limit = CHAT_QUEUE if request.priority == "chat" else BATCH_QUEUE
+            if len(queue) >= limit:
+                raise EngineBusy(
+                    f"{len(queue)} requests are waiting, which is as many as the queue takes.",
+                    "Try again in a moment.",
+                )
+            queue.append(handle)
+            if request.priority == "chat":
+                self._handles[handle.id] = handle
+                while len(self._handles) > KEPT_HANDLES:
+                    self._handles.popitem(last=False)
+            self._condition.notify_all()
+        return handle
+
+    def submit_many(self, requests: Sequence[Request], stop: threading.Event | None = None) -> list[Handle]:
+        """Queue batch requests, waiting for room; ends early, with the handles so far, when `stop` is set."""
+        handles: list[Handle] = []
+        for request in requests:
+            while True:
+                try:
+                    handles.append(self.submit(request))
+                    break
+                except EngineBusy:
+                    if stop is not None and stop.is_set():
+                        return handles
+                    time.sleep(0.02)
+        return handles
+
+    def score(
+        self, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]], prefix_length: int = 0
+    ) -> list[list[float]]:
+        """Log-probability of every continuation after every prompt: the sum over its tokens, in nats.
+
+        Returns one list per prompt with one number per continuation. Runs between the steps of running requests.
+        """
+        results: dict[int, list[float]] = {}
+        longest = max((len(p) for p in prompts), default=1)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        size = max(1, min(self.max_rows, 4096 // max(longest, 1)))
+        for start in range(0, len(order), size):
+            part = order[start : start + size]
+
+            def work(part: list[int] = part) -> None:
+                scored = self._score([list(prompts[i]) for i in part], continuations, prefix_length)
+                results.update(zip(part, scored, strict=True))
+
+            self._call(work)
+        return [results[i] for i in range(len(prompts))]
+
+    def self_test(self, rows: int = 8, tokens: int = 12) -> SelfTest:
+        """Generate rows together, padded and from a shared prefix, and alone without any of it; compare the ids."""
+        tokenizer = self.tokenizer
+        from .tokenizers.chatglm2 import Message
+
+        texts = ["你好", "What is this?", "请用一句话介绍你自己。", "Name three fruits, please, and one colour.",
+                 "今天天气不错，我们去公园走走吧，你觉得怎么样？", "1+1", "Thanks!", "把“苹果”翻译成英文"]  # fmt: skip
+        texts = [text for text, _ in zip(itertools.cycle(texts), range(rows), strict=False)]
+        prompts = [tuple(tokenizer.chat_ids([Message("user", text)])) for text in texts]
+        settings = GenerationSettings(max_new_tokens=tokens)
+        shared = _common(prompts[0], prompts[1])
+        handles = self.submit_many([Request(prompt, settings, "batch", shared) for prompt in prompts])
+        for handle in handles:
+            handle.wait()
+        equal = 0
+        for handle in handles:
+            alone: list[int] = []
+
+            def work(request: Request = handle.request, alone: list[int] = alone) -> None:
+                alone += self._alone(request)
+
+            self._call(work)
+            equal += alone == handle.ids
+        self.exact = SelfTest(
+            equal == rows,
+            rows,
+            f"{equal} of {rows} rows generated together equal the rows generated alone ({self.loaded.precision}).",
+        )
+        return self.exact
+
+    def handle(self, handle_id: str) -> Handle | None:
+        """A chat request of this engine by id, also for some time after its end."""
+        return self._handles.get(handle_id)
+
+    def place_of(self, handle: Handle) -> int:
+        if handle.state != "queued":
+            return 0
+        with self._condition:
+            try:
+                return self._queues[handle.request.priority].index(handle) + 1
+            except ValueError:
+                return 0
+
+    def status(self) -> EngineStatus:
+        """Counts and sizes at this moment."""
+        caches = [rows.cache for rows in self._rows.values()]
+        return EngineStatus(
+            name=self.loaded.info.name,
+            precision=self.loaded.precision,
+            device=str(self.device),
+            queued_chat=len(self._queues["chat"]),
+            queued_batch=len(self._queues["batch"]),
+            running_chat=len(self._rows["chat"]),
+            running_batch=len(self._rows["batch"]),
+            max_rows=self.max_rows,
+            weight_bytes=self.loaded.weight_bytes,
+            cache_bytes=sum(cache.nbytes for cache in caches if cache) + self.prefixes.nbytes,
+            notes=self.notes,
+            exact=self.exact.passed if self.exact else None,
+            exact_text=self.exact.text if self.exact else "",
+        )
+
+    def wake(self) -> None:
+        with self._condition:
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """End every request as cancelled and stop the thread; the model is not touched."""
+        with self._condition:
+            self._closing = True
+            self._condition.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=60)
+
+    # ---- the scheduler's thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        import torch
+
+        with torch.inference_mode():
+            while True:
+                with self._condition:
+                    while not (
+                        self._closing
+                        or self._tasks
+                        or any(self._queues.values())
+                        or any(map(len, self._rows.values()))
+                    ):
+                        self._condition.wait(timeout=1.0)
+                    if self._closing:
+                        break
+                    task = self._tasks.popleft() if self._tasks else None
+                if task is not None:
+                    task()
+                self._round()
+        for handle in [*self._all_rows(), *self._queues["chat"], *self._queues["batch"]]:
+            handle._finish("cancelled", "cancelled")
+        self._rows = {"chat": Rows(), "batch": Rows()}
+        for queue in self._queues.values():
+            queue.clear()
+        with self._condition:
+            tasks, self._tasks = list(self._tasks), deque()
+        for task in tasks:
+            task()
+
+    def _all_rows(self) -> list[Handle]:
+        return [*self._rows["chat"].handles, *self._rows["batch"].handles]
+
+    def _round(self) -> None:
+        """One token for every chat row, and, when nobody chats or it is its turn, one for every batch row."""
+        self._drop_cancelled()
+        self._advance("chat")
+        chatting = len(self._rows["chat"]) > 0
+        self._chat_steps = self._chat_steps + 1 if chatting else 0
+        if not chatting or self._chat_steps % (CHAT_STEPS_PER_BATCH_ROUND + 1) == 0:
+            self._advance("batch")
+
+    def _advance(self, priority: Priority) -> None:
+        joining: list[Handle] = []
+        try:
+            while joining := self._next_group(priority):
+                self._rows[priority].add(self._prefill(joining))
+                self._settle(priority)
+                joining = []
+                if priority == "batch" and self._queues["chat"]:
+                    break
+            if len(self._rows[priority]):
+                self._step(priority)
+                self._settle(priority)
+        except Exception as error:
+            self._recover(priority, joining, error)
+
+    def _next_group(self, priority: Priority) -> list[Handle]:
+        """The queued requests to start together: one prefix, similar lengths, as many as there is room for."""
+        queue, running = self._queues[priority], self._rows[priority]
+        limit = CHAT_ROWS if priority == "chat" else self.max_rows
+        free = limit - len(running)
+        if not queue or free <= 0 or (len(running) and priority == "batch" and free < limit // 4):
+            return []  # joining one by one would make every prefill small
+        with self._condition:
+            first = queue[0]
+            prefix = first.request.prompt_ids[: first.request.prefix_length]
+            longest, budget = 0, max(32, int(self._prefill_speed * FORWARD_SECONDS))
+            group: list[Handle] = []
+            for handle in itertools.islice(queue, min(free, len(queue))):
+                length = handle.n_prompt + len(handle.ids) - len(prefix)
+                longest = max(longest, length)
+                if handle.request.prompt_ids[: handle.request.prefix_length] != prefix:
+                    break
+                if group and longest * (len(group) + 1) > budget:
+                    break
+                group.append(handle)
+            for _ in group:
+                queue.popleft()
+        now = time.monotonic()
+        for handle in group:
+            handle.state, handle.started = "running", handle.started or now
+        return group
+
+    def _prefill(self, handles: list[Handle]) -> Rows:
+        """Compute the prompts of some requests with one shared head, and choose their first tokens."""
+        import torch
+
+        full = [[*handle.request.prompt_ids, *handle.ids] for handle in handles]
+        cache, shared = self._shared_head(handles, full)
+        tails = [ids[shared:] for ids in full]
+        width, device = max(map(len, tails)), self.device
+        ids = torch.zeros(len(tails), width, dtype=torch.long)
+        real = torch.zeros(len(tails), shared + width, dtype=torch.bool)
+        real[:, :shared] = True
+        for row, tail in enumerate(tails):
+            ids[row, width - len(tail) :] = torch.tensor(tail)
+            real[row, shared + width - len(tail) :] = True
+        ids, real = ids.to(device), real.to(device)
+        positions = (real.cumsum(1) - 1).clamp_min(0)[:, shared:]
+        started, chunk = time.monotonic(), max(32, int(self._prefill_speed * FORWARD_SECONDS) // len(handles))
+        for begin in range(0, width, chunk):
+            end = min(width, begin + chunk)
+            logits = self._forward(cache, ids[:, begin:end], positions[:, begin:end], real[:, : shared + end])
+            if end < width and handles[0].request.priority == "batch" and not self._closing:
+                self._drop_cancelled()
+                self._advance("chat")
+        tokens = len(handles) * width
+        if tokens >= 64:
+            speed = tokens / max(time.monotonic() - started, 1e-6)
+            self._prefill_speed = 0.7 * self._prefill_speed + 0.3 * min(max(speed, 50.0), 200_000.0)
+        rows = Rows()
+        rows.handles, rows.cache, rows.real = handles, cache, real
+        rows.positions = real.sum(1)
+        rows.tokens = self._choose(handles, logits, full)
+        return rows
+
+    def _shared_head(self, handles: list[Handle], full: list[list[int]]) -> tuple[KVCache, int]:
+        """A cache for these rows that already holds the longest head known to be shared, and its length."""
+        import torch
+
+        shortest = min(map(len, full)) - 1  # at least one token must be fed to get logits
+        wanted = min(handles[0].request.prefix_length, shortest)
+        if wanted > 0:
+            head = tuple(full[0][:wanted])
+            known, entry = self.prefixes.longest(head)
+            if known < wanted:
+                entry = KVCache(self.layers)
+                entry.room = 0
+                ids = torch.tensor([head], device=self.device)
+                positions = torch.arange(wanted, device=self.device)[None]
+                real = torch.ones(1, wanted, dtype=torch.bool, device=self.device)
+                chunk = max(32, int(self._prefill_speed * FORWARD_SECONDS))
+                for begin in range(0, wanted, chunk):
+                    end = min(wanted, begin + chunk)
+                    self._forward(entry, ids[:, begin:end], positions[:, begin:end], real[:, :end])
+                self.prefixes.put(head, entry)
+            shared = wanted
+        elif len(handles) == 1:
+            shared, entry = self.prefixes.longest(full[0])
+            shared = min(shared, shortest)
+        else:
+            shared, entry = 0, None
+        if entry is None or shared < 8:
+            return KVCache(self.layers), 0
+        room = max(map(len, full)) - shared + 32
+        return entry.select(
+            torch.zeros(len(handles), dtype=torch.long, device=self.device), 0, shared, room
+        ), shared
+
+    def _forward(self, cache: KVCache, ids: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+        """Feed ids (rows, n) after the cached columns; returns fp32 logits of the last column (rows, vocabulary)."""
+        logits: Tensor = self._forward_all(cache, ids, positions, real, 1)
+        return logits[:, -1]
+
+    def _forward_all(self, cache: KVCache, ids: Tensor, positions: Tensor, real: Tensor, keep: int) -> Tensor:
+        import torch
+
+        n, total = ids.shape[1], real.shape[1]
+        columns = torch.arange(total, device=ids.device)
+        own = columns[total - n :, None]
+        # A padding column sees itself: a row of a softmax over nothing is NaN, and would spread.
+        mask = (real[:, None, :] & (columns <= own)) | (columns == own)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask[:, None],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
+        cache.length += n
+        logits: Tensor = output.logits.float()
+        return logits
+
+    def _step(self, priority: Priority) -> None:
+        """One more token for every row of a priority."""
+        import torch.nn.functional as F
+
+        rows = self._rows[priority]
+        assert rows.cache is not None and rows.real is not None
+        assert rows.positions is not None and rows.tokens is not None
+        real = F.pad(rows.real, (0, 1), value=True)
+        logits = self._forward(rows.cache, rows.tokens[:, None], rows.positions[:, None], real)
+        rows.real, rows.positions = real, rows.positions + 1
+        rows.tokens = self._choose(rows.handles, logits)
+
+    def _choose(self, handles: list[Handle], logits: Tensor, full: list[list[int]] | None = None) -> Tensor:
+        """The next token of every row; appended to its handle."""
+        tokens = logits.argmax(-1)
+        for row, handle in enumerate(handles):
+            settings = handle.request.settings
+            if settings.temperature > 0 or settings.repetition_penalty != 1.0:
+                if handle._generator is None and settings.temperature > 0:
+                    handle._generator = _generator(settings.seed)
+                seen = [*handle.request.prompt_ids, *handle.ids]
+                tokens[row] = choose(logits[row], settings, seen, handle._generator)
+        now = time.monotonic()
+        for handle, token in zip(handles, tokens.tolist(), strict=True):
+            handle.ids.append(token)
+            if handle.first_token is None:
+                handle.first_token = now
+        return tokens
+
+    def _settle(self, priority: Priority) -> None:
+        """Finish the rows that reached an end, and free their part of the cache."""
+        rows, kept = self._rows[priority], []
+        ended: list[tuple[Handle, str]] = []
+        for index, handle in enumerate(rows.handles):
+            reason = self._end_reason(handle)
+            if reason:
+                ended.append((handle, reason))
+            else:
+                kept.append(index)
+        if not ended:
+            return
+        if priority == "chat":
+            self._remember(rows, [i for i in range(len(rows)) if i not in kept])
+        rows.keep(kept)
+        for handle, reason in ended:
+            handle._finish("done", reason)
+
+    def _end_reason(self, handle: Handle) -> str:
+        settings = handle.request.settings
+        if handle.ids and handle.ids[-1] in self.tokenizer.stop_ids:
+            return "stop"
+        if settings.stop:
+            text = self.tokenizer.answer_text(handle.ids, False)
+            if any(stop in text for stop in settings.stop):
+                return "stop"
+        if len(handle.ids) >= settings.max_new_tokens or handle.n_prompt + len(handle.ids) >= self.context:
+            return "length"
+        return ""
+
+    def _remember(self, rows: Rows, ended: list[int]) -> None:
+        """Keep the cache of a finished chat turn: the next turn of that conversation starts with it."""
+        import torch
+
+        assert rows.cache is not None and rows.real is not None
+        for index in ended:
+            handle = rows.handles[index]
+            ids = (*handle.request.prompt_ids, *handle.ids)[:-1]  # the last token was never fed
+            if len(ids) * self.bytes_per_token > self.prefixes.max_bytes // 2:
+                continue
+            start = rows.cache.length - int(rows.real[index].sum())
+            one = torch.tensor([index], device=self.device)
+            self.prefixes.put(ids, rows.cache.select(one, start, room=0))
+
+    def _drop_cancelled(self) -> None:
+        for queue in self._queues.values():
+            if any(handle._cancelled for handle in queue):
+                with self._condition:
+                    gone = [handle for handle in queue if handle._cancelled]
+                    for handle in gone:
+                        queue.remove(handle)
+                for handle in gone:
+                    handle._finish("cancelled", "cancelled")
+        for rows in self._rows.values():
+            if any(handle._cancelled for handle in rows.handles):
+                gone = [handle for handle in rows.handles if handle._cancelled]
+                rows.keep([i for i, handle in enumerate(rows.handles) if not handle._cancelled])
+                for handle in gone:
+                    handle._finish("cancelled", "cancelled")
+
+    def _recover(self, priority: Priority, joining: list[Handle], error: Exception) -> None:
+        """After an exception: out of memory starts the rows again in smaller company, anything else fails them."""
+        self._rows[priority], rows = Rows(), self._rows[priority]
+        handles = [*rows.handles, *(handle for handle in joining if handle not in rows.handles)]
+        del rows
+        if not out_of_memory(error):
+            log.error("generation failed", exc_info=error)
+            problem = GLMError(
+                f"Generation failed: {type(error).__name__}: {str(error)[:300]}.", "Try again; see the log."
+            )
+            for handle in handles:
+                handle._finish("failed", "error", problem)
+            return
+        del error
+        self.prefixes.entries.clear()
+        _free_memory()
+        if len(handles) > 1:
+            self.max_rows = max(1, min(self.max_rows, len(handles)) // 2)
+            self.notes = (*self.notes[-4:], f"Memory ran out: now {self.max_rows} rows at a time.")
+            with self._condition:
+                self._queues[priority].extendleft(reversed(handles))
+            for handle in handles:
+                handle.state = "queued"
+                handle.notes = (*handle.notes, "started again in a smaller batch, memory had run out")
+            return
+        problem = GLMError(
+            f"Memory ran out on a prompt of {handles[0].n_prompt if handles else 0} tokens.",
+            "Shorten the text or the history, close other programs, or load the model in a lower precision.",
+        )
+        for handle in handles:
+            handle._finish("failed", "error", problem)
+
+    # ---- scoring and the reference path ----------------------------------------------------------------------
+
+    def _score(
+        self, prompts: list[list[int]], continuations: Sequence[Sequence[int]], prefix: int
+    ) -> list[list[float]]:
+        """`score` for one group of prompts: one cache of the prompts, then every continuation over it."""
+        import torch
+
+        heads = [prompt[:-1] for prompt in prompts]  # the last prompt token is fed with each continuation
+        request = GenerationSettings(max_new_tokens=1)
+        shared = min(prefix, min(map(len, heads)) - 1)
+        handles = [Handle(Request(tuple(head), request, "batch", max(0, shared)), self) for head in heads]
+        cache, shared = self._shared_head(handles, heads)
+        width = max(len(head) for head in heads) - shared
+        ids = torch.zeros(len(heads), width, dtype=torch.long)
+        real = torch.zeros(len(heads), shared + width, dtype=torch.bool)
+        real[:, :shared] = True
+        for row, head in enumerate(heads):
+            tail = head[shared:]
+            ids[row, width - len(tail) :] = torch.tensor(tail)
+            real[row, shared + width - len(tail) :] = True
+        ids, real = ids.to(self.device), real.to(self.device)
+        positions = (real.cumsum(1) - 1).clamp_min(0)[:, shared:]
+        self._forward(cache, ids, positions, real)
+        rows, labels = len(heads), len(continuations)
+        longest = max(map(len, continuations))
+        fed = torch.zeros(rows * labels, longest, dtype=torch.long)
+        target = torch.zeros(rows * labels, longest, dtype=torch.long)
+        counted = torch.zeros(rows * labels, longest, dtype=torch.bool)
+        for row, prompt in enumerate(prompts):
+            for label, continuation in enumerate(continuations):
+                i, n = row * labels + label, len(continuation)
+                fed[i, :n] = torch.tensor([prompt[-1], *continuation[:-1]])
+                target[i, :n] = torch.tensor(list(continuation))
+                counted[i, :n] = True
+        index = torch.arange(rows, device=self.device).repeat_interleave(labels)
+        cache = cache.select(index, room=longest)
+        real = torch.cat([real.index_select(0, index), counted.to(self.device)], dim=1)
+        start = real[:, : -counted.shape[1]].sum(1)
+        positions = start[:, None] + torch.arange(longest, device=self.device)
+        logits = self._forward_all(cache, fed.to(self.device), positions, real, longest)
+        chosen = logits.log_softmax(-1).gather(-1, target.to(self.device)[..., None])[..., 0].cpu()
+        sums = (chosen.double() * counted).sum(1).view(rows, labels)
+        return [[float(value) for value in row] for row in sums]
+
+    def _alone(self, request: Request) -> list[int]:
+        """Greedy tokens of one request by the plain definition: the whole sequence again for every token."""
+        import torch
+
+        ids, new = list(request.prompt_ids), []
+        for _ in range(request.settings.max_new_tokens):
+            fed = torch.tensor([ids], device=self.device)
+            token = int(
+                self.model(input_ids=fed, use_cache=False, logits_to_keep=1).logits[0, -1].float().argmax()
+            )
+            new.append(token)
+            ids.append(token)
+            if token in self.tokenizer.stop_ids:
+                break
+        return new
+
+    def _call(self, work: Callable[[], None]) -> None:
+        """Run `work` on the scheduler's thread between two steps, and wait for it."""
+        done, problem = threading.Event(), []
+
+        def task() -> None:
+            try:
+                if self._closing:
+                    raise GLMError("The model was unloaded.", "Load it again.")
+                work()
+            except Exception as error:
+                problem.append(error)
+            finally:
+                done.set()
+
+        with self._condition:
+            self._refuse_if_closed()
+            self._tasks.append(task)
+            self._condition.notify_all()
+        done.wait()
+        if problem:
+            raise problem[0]
+
+    def _check(self, request: Request) -> None:
+        request.settings.check()
+        if not request.prompt_ids:
+            raise GLMError("The prompt is empty.", "Enter a text.")
+        if len(request.prompt_ids) >= self.context:
+            raise GLMError(
+                f"The prompt has {len(request.prompt_ids)} tokens, the model takes {self.context} with the answer.",
+                "Shorten the text or the history.",
+            )
+
+    def _refuse_if_closed(self) -> None:
+        if self._closing:
+            raise GLMError("The model was unloaded.", "Load it again on the Models page.")
+
+    def _room_for_rows(self) -> int:
+        """Rows whose cache of 1,024 tokens fits an eighth of the free memory, from 4 to 128."""
+        import psutil
+        import torch
+
+        free = (
+            torch.cuda.mem_get_info(self.device)[0]
+            if self.device.type == "cuda"
+            else psutil.virtual_memory().available
+        )
+        return int(min(128, max(4, free // 8 // (self.bytes_per_token * 1024))))
+
+
+def choose(
+    logits: Tensor, settings: GenerationSettings, seen: Sequence[int], generator: torch.Generator | None
+) -> int:
+    """One token from fp32 logits (vocabulary,): repetition penalty, temperature, top-k, top-p, then a draw.
+
+    The order and the arithmetic are those of transformers' logits processors; temperature 0 takes the maximum.
+    """
+    import torch
+
+    logits = logits.cpu().clone()
+    if settings.repetition_penalty != 1.0:
+        used = torch.tensor(sorted(set(seen)))
+        values = logits[used]
+        logits[used] = torch.where(
+            values < 0, values * settings.repetition_penalty, values / settings.repetition_penalty
+        )
+    if settings.temperature == 0:
+        return int(logits.argmax())
+    probabilities = warp(logits, settings).softmax(-1)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def warp(logits: Tensor, settings: GenerationSettings) -> Tensor:
+    """Logits after temperature, top-k and top-p; what is cut becomes -inf. Shape (vocabulary,)."""
+    import torch
+
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(settings.top_k).values[-1], -torch.inf)
+    if settings.top_p < 1.0:
+        ordered, order = logits.sort(descending=False)
+        cut = ordered.softmax(-1).cumsum(-1) <= 1 - settings.top_p
+        cut[-1] = False
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(0, order, cut), -torch.inf)
+    return logits
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    import torch
+
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that device or main memory ran out."""
+    import torch
+
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes in use by this process, by the machine and on the device, and around the last load."""
+
+    process_bytes: int
+    system_used_bytes: int
+    system_total_bytes: int
+    device_used_bytes: int | None
+    device_total_bytes: int | None
+    before_load_bytes: int | None
+    after_load_bytes: int | None
+
+
+class EngineHost:
+    """The one place that decides which model is loaded: at most one, the old one out before the new one in."""
+
+    def __init__(self) -> None:
+        self.current: Engine | None = None
+        self.state: Literal["empty", "loading", "ready", "failed"] = "empty"
+        self.error: GLMError | None = None
+        self.loading_name = ""
+        self._wanted: tuple[str, ...] = ()
+        self._before: int | None = None
+        self._after: int | None = None
+        self._lock = threading.RLock()
+        self._holds: list[str] = []
+
+    def use(
+        self, path: str | Path, precision: str = "auto", device: str = "auto", generation: str | None = None
+    ) -> Engine:
+        """The engine of a checkpoint, loaded if it is not yet; callers that come together load once.
+
+        GLMError while a job holds another model, or when the checkpoint does not load.
+        """
+        folder = Path(path).expanduser().resolve()
+        with self._lock:
+            if self.current is not None and self._serves(folder, precision, device, generation):
+                return self.current
+            self._refuse_if_held()
+            self._unload()
+            self.state, self.loading_name, self.error = "loading", folder.name, None
+            self._before = _process_bytes()
+            try:
+                loaded = checkpoints.load(folder, precision, device, generation)
+                engine = Engine(loaded)
+            except GLMError as error:
+                self.state, self.error = "failed", error
+                raise
+            except Exception as error:
+                log.exception("loading failed")
+                self.state = "failed"
+                self.error = GLMError(
+                    f"{folder.name} did not load: {type(error).__name__}: {str(error)[:200]}.",
+                    "See the log for details.",
+                )
+                raise self.error from error
+            self._wanted = (str(folder), generation or "")
+            self._after = _process_bytes()
+            self.current, self.state = engine, "ready"
+        if loaded.weight_bytes < 500 << 20:  # a second at most; larger models are tested on request
+            threading.Thread(target=self._test, args=(engine,), name="glm-self-test", daemon=True).start()
+        return engine
+
+    def unload(self) -> None:
+        """Free the model's memory; GLMError while a job holds it."""
+        with self._lock:
+            self._refuse_if_held()
+            self._unload()
+            self.state, self.error = "empty", None
+
+    @contextlib.contextmanager
+    def hold(self, reason: str) -> Iterator[None]:
+        """While held, the model is neither unloaded nor replaced; `reason` is named to whoever tries."""
+        with self._lock:
+            self._holds.append(reason)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holds.remove(reason)
+
+    def handle(self, handle_id: str) -> Handle | None:
+        """A chat request of the loaded model by id."""
+        engine = self.current
+        return engine.handle(handle_id) if engine else None
+
+    def memory(self) -> MemoryReport:
+        """Memory at this moment, and before and after the last load."""
+        import psutil
+
+        machine = psutil.virtual_memory()
+        used = total = None
+        engine = self.current
+        if engine is not None and engine.device.type == "cuda":
+            import torch
+
+            free, total = torch.cuda.mem_get_info(engine.device)
+            used = total - free
+        return MemoryReport(
+            _process_bytes(),
+            machine.total - machine.available,
+            machine.total,
+            used,
+            total,
+            self._before,
+            self._after,
+        )
+
+    def _serves(self, folder: Path, precision: str, device: str, generation: str | None) -> bool:
+        loaded = self.current.loaded if self.current else None
+        return (
+            loaded is not None
+            and loaded.info.path == folder
+            and precision in ("auto", loaded.precision)
+            and device in ("auto", str(loaded.device), loaded.device.type)
+            and generation in (None, loaded.tokenizer.generation)
+        )
+
+    def _refuse_if_held(self) -> None:
+        if self._holds:
+            raise GLMError(
+                f"The loaded model is in use by {self._holds[0]}.", "Pause it on the Jobs page first."
+            )
+
+    def _unload(self) -> None:
+        engine, self.current = self.current, None
+        if engine is not None:
+            engine.close()
+            checkpoints.release(engine.loaded)
+            _free_memory()
+
+    @staticmethod
+    def _test(engine: Engine) -> None:
+        with contextlib.suppress(GLMError):
+            engine.self_test()
+
+
+def _process_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+_host: EngineHost | None = None
+_host_lock = threading.Lock()
+
+
+def host() -> EngineHost:
+    """The engine host of this process."""
+    global _host
+    with _host_lock:
+        if _host is None:
+            _host = EngineHost()
+        return _host

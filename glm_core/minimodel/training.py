@@ -1,0 +1,259 @@
+"""Tokenizer and weights of glm-mini, from scratch: seeded, on a processor in under two hours, on a GPU in minutes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM, released_config
+from ..settings import DATA, MINI
+from ..tokenizers.chatglm2 import ChatGLM2Tokenizer
+from . import corpus, examples
+
+VOCABULARY = 6000
+PADDED = 6016  # vocabulary and nine control tokens, rounded up to a multiple of 64
+CONTEXT = 2048
+SHAPE: dict[str, int] = {
+    "hidden_size": 320,
+    "intermediate_size": 768,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
+EPOCHS = 16
+BATCH_TOKENS = 4096  # padded; about 70 examples
+LEARNING_RATE = 1.5e-3
+WARM_UP = 150  # steps
+AVERAGE = 0.997  # the released weights are an exponential average over steps
+
+
+def train_tokenizer(folder: Path = MINI) -> int:
+    """Train tokenizer.model (BPE, identity normaliser, byte fallback, as ChatGLM3's) on the train splits only."""
+    import sentencepiece
+
+    lines = [comment.text for comment in corpus.read_comments("train")]
+    for name, keys in (("dialogue", ("prompt", "response")), ("adverts", ("content", "summary"))):
+        rows = corpus.read_jsonl(DATA / name / "train.jsonl")
+        lines += sorted({row[key] for row in rows for key in keys})
+    lines += [examples.GUIDELINES, *examples.CHINESE_TEMPLATES, *examples.ENGLISH_TEMPLATES]
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        text = Path(temporary) / "text.txt"
+        text.write_text("\n".join(line.replace("\n", " ") for line in lines), encoding="utf-8")
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(text),
+            model_prefix=str(Path(temporary) / "tokenizer"),
+            model_type="bpe",
+            vocab_size=VOCABULARY,
+            character_coverage=0.9995,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=True,
+            max_sentencepiece_length=8,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,  # more threads may order ties differently
+            minloglevel=2,
+        )
+        shutil.copy(Path(temporary) / "tokenizer.model", folder / "tokenizer.model")
+    return ChatGLM2Tokenizer(folder / "tokenizer.model").vocab_size
+
+
+def new_model() -> ChatGLM2ForCausalLM:
+    """A glm-mini with random weights in fp32, seeded."""
+    import torch
+
+    torch.manual_seed(corpus.SEED)
+    config = ChatGLM2Config.from_released(
+        {
+            "padded_vocab_size": PADDED,
+            "hidden_size": SHAPE["hidden_size"],
+            "ffn_hidden_size": SHAPE["intermediate_size"],
+            "num_layers": SHAPE["num_hidden_layers"],
+            "num_attention_heads": SHAPE["num_attention_heads"],
+            "multi_query_group_num": SHAPE["num_key_value_heads"],
+            "kv_channels": SHAPE["head_dim"],
+            "layernorm_epsilon": 1e-5,
+            "seq_length": CONTEXT,
+        }
+    )
+    model = ChatGLM2ForCausalLM(config)
+    for layer in model.model.layers:  # smaller writes into the residual stream, as in GPT-2
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.data.mul_(1 / math.sqrt(2 * SHAPE["num_hidden_layers"]))
+    return model
+
+
+def batches(
+    tokenizer: ChatGLM2Tokenizer, found: list[examples.Example], generator: random.Random
+) -> Iterator[tuple[list[tuple[list[int], int, float]], int]]:
+    """Batches of (ids, prompt length, weight) of similar length in random order, and their longest length."""
+    encoded = []
+    for example in found:
+        ids, prompt = examples.encode(tokenizer, example)
+        if len(ids) <= 512:
+            encoded.append((ids, prompt, example.weight))
+    encoded.sort(key=lambda item: len(item[0]) + generator.random() * 6)
+    groups: list[list[tuple[list[int], int, float]]] = [[]]
+    longest = 0
+    for item in encoded:
+        longest = max(longest, len(item[0]))
+        if longest * (len(groups[-1]) + 1) > BATCH_TOKENS:
+            groups.append([])
+            longest = len(item[0])
+        groups[-1].append(item)
+    generator.shuffle(groups)
+    for group in groups:
+        yield group, max(len(ids) for ids, _, _ in group)
+
+
+def train(
+    folder: Path = MINI, epochs: int = EPOCHS, state: Path | None = None, seconds: float = math.inf
+) -> None:
+    """Train from random weights and write the checkpoint; with `state`, an interrupted run goes on from there."""
+    import torch
+    import torch.nn.functional as F
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = ChatGLM2Tokenizer(folder / "tokenizer.model")
+    comments = corpus.read_comments("train")
+    dialogue = corpus.read_jsonl(DATA / "dialogue" / "train.jsonl")
+    adverts = corpus.read_jsonl(DATA / "adverts" / "train.jsonl")
+    model = new_model().to(device)
+    average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True,
+    )  # fmt: skip
+    generator = random.Random(corpus.SEED)
+    per_epoch = sum(
+        1
+        for _ in batches(tokenizer, examples.epoch(dialogue, comments, adverts, random.Random(0)), generator)
+    )
+    total = per_epoch * epochs
+    step, first, started = 0, 0, time.monotonic()
+    if state is not None and state.is_file():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"])
+        average = saved["average"]
+        optimizer.load_state_dict(saved["optimizer"])
+        step, first = saved["step"], saved["epoch"]
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {total} steps on {device}", flush=True)
+    for epoch in range(first, epochs):
+        generator = random.Random(corpus.SEED + epoch)  # the same epoch again after a restart
+        found = examples.epoch(dialogue, comments, adverts, generator)
+        losses, tokens, since = [], 0, time.monotonic()
+        for group, longest in batches(tokenizer, found, generator):
+            rate = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * _cosine(step / total)
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
+            ids = torch.zeros(len(group), longest, dtype=torch.long)
+            labels = torch.full((len(group), longest), -100)
+            weights = torch.zeros(len(group), longest)
+            for row, (own, prompt, weight) in enumerate(group):
+                ids[row, : len(own)] = torch.tensor(own)
+                labels[row, prompt : len(own)] = torch.tensor(own[prompt:])
+                weights[row, prompt : len(own)] = weight
+            ids, labels, weights = ids.to(device), labels[:, 1:].to(device), weights[:, 1:].to(device)
+            counted = labels != -100  # only answers are learned, so the head is computed for them alone
+            with torch.autocast(device, torch.bfloat16):
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+                logits = model.lm_head(hidden[counted]).float()
+            own_weights = weights[counted]
+            loss = (
+                F.cross_entropy(logits, labels[counted], reduction="none") * own_weights
+            ).sum() / own_weights.sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            keep = min(AVERAGE, step / (step + 10))
+            for name, value in model.state_dict().items():
+                average[name].lerp_(value, 1 - keep)
+            losses.append(float(loss.detach()))
+            tokens += ids.numel()
+        speed = tokens / (time.monotonic() - since)
+        minutes = (time.monotonic() - started) / 60
+        print(
+            f"epoch {epoch + 1}/{epochs}  loss {sum(losses) / len(losses):.4f}  {speed:,.0f} tokens/s  {minutes:.1f} min",
+            flush=True,
+        )
+        if state is not None:
+            torch.save(
+                {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(),
+                 "step": step, "epoch": epoch + 1},
+                state,
+            )  # fmt: skip
+        if minutes * 60 > seconds:
+            break
+    save(average, model.config, folder)
+
+
+def _cosine(share: float) -> float:
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def released_weights(weights: dict[str, Any], layers: int) -> dict[str, Any]:
+    """Native GLM names and split projections -> the released ChatGLM3 names, query_key_value fused."""
+    import torch
+
+    out = {
+        "transformer.embedding.word_embeddings.weight": weights["model.embed_tokens.weight"],
+        "transformer.encoder.final_layernorm.weight": weights["model.norm.weight"],
+        "transformer.output_layer.weight": weights["lm_head.weight"],
+    }
+    for i in range(layers):
+        theirs, ours = f"transformer.encoder.layers.{i}.", f"model.layers.{i}."
+        for kind in ("weight", "bias"):
+            parts = [weights[f"{ours}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            out[f"{theirs}self_attention.query_key_value.{kind}"] = torch.cat(parts)
+        for released, native in (
+            ("self_attention.dense", "self_attn.o_proj"),
+            ("mlp.dense_h_to_4h", "mlp.gate_up_proj"),
+            ("mlp.dense_4h_to_h", "mlp.down_proj"),
+            ("input_layernorm", "input_layernorm"),
+            ("post_attention_layernorm", "post_attention_layernorm"),
+        ):
+            out[f"{theirs}{released}.weight"] = weights[f"{ours}{native}.weight"]
+    return out
+
+
+def save(weights: dict[str, Any], config: ChatGLM2Config, folder: Path) -> None:
+    """Write a checkpoint in the released ChatGLM3-6B layout: config.json, safetensors in bf16, tokenizer files."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = released_weights(weights, config.num_hidden_layers)
+    save_file(
+        {name: tensor.to(torch.bfloat16).contiguous().cpu() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    files: dict[str, dict[str, Any]] = {
+        "config.json": released_config(config, "glm-mini (chatglm3)", CONTEXT) | {"torch_dtype": "bfloat16"},
+        "tokenizer_config.json": {
+            "name_or_path": "glm-mini", "remove_space": False, "do_lower_case": False,
+            "tokenizer_class": "ChatGLMTokenizer",
+        },
+        "generation_config.json": {
+            "do_sample": True, "temperature": 0.3, "top_p": 0.8, "top_k": 50, "max_new_tokens": 256,
+            "eos_token_id": 2, "pad_token_id": 0,
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

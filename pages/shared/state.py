@@ -1,0 +1,333 @@
+"""What outlives one run of a page: the only place that touches st.session_state and st.cache_resource."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import streamlit as st
+
+from glm_core.errors import GLMError
+from glm_core.settings import MINI, Settings
+
+if TYPE_CHECKING:
+    from glm_core.chat import ConversationStore
+    from glm_core.checkpoints import CheckpointInfo
+    from glm_core.engine import Engine, EngineHost
+    from glm_core.jobs import JobStore, Supervisor
+
+FIRST_PAINT_S = 0.6  # importing torch holds the interpreter lock: the first screen is sent before it begins
+
+
+# --- what glm_core keeps: one of each per process -------------------------------------------------------
+
+
+def settings() -> Settings:
+    """Where things live; its folders exist. GLMError where they cannot be made."""
+    found = Settings.read()
+    _folders(found)
+    return found
+
+
+@st.cache_resource(show_spinner=False)
+def _folders(found: Settings) -> None:
+    found.make_folders()
+
+
+def engine_host() -> EngineHost:
+    """The one owner of the model."""
+    from glm_core import engine
+
+    return engine.host()
+
+
+def current_engine() -> Engine | None:
+    """The engine of the loaded model, or None; never waits for one."""
+    return engine_host().current
+
+
+def job_store() -> JobStore:
+    """The durable list of jobs."""
+    from glm_core import jobs
+
+    return jobs.store(settings())
+
+
+def supervisor() -> Supervisor:
+    """The thread that runs the jobs, started once per process."""
+    return _supervisor(settings())
+
+
+@st.cache_resource(show_spinner=False)
+def _supervisor(found: Settings) -> Supervisor:
+    from glm_core import jobs
+
+    running = jobs.supervisor(found)
+    running.start()
+    return running
+
+
+def conversations() -> ConversationStore:
+    """The saved conversations."""
+    return _conversations(settings().database)
+
+
+@st.cache_resource(show_spinner=False)
+def _conversations(database: Path) -> ConversationStore:
+    from glm_core import chat
+
+    return chat.ConversationStore(database)
+
+
+# --- starting, and loading a model without keeping a screen waiting ---------------------------------------
+
+
+class Startup:
+    """Imports the model libraries, loads the embedded model and resumes jobs, behind the first screen."""
+
+    def __init__(self, found: Settings) -> None:
+        self.imported = threading.Event()
+        self.finished = threading.Event()
+        self.error: GLMError | None = None
+        self._settings = found
+        threading.Thread(target=self._run, name="glm-startup", daemon=True).start()
+
+    def _run(self) -> None:
+        from glm_core import jobs
+
+        try:
+            if "torch" not in sys.modules:
+                time.sleep(FIRST_PAINT_S)
+            import torch  # noqa: F401  # here, so that no screen waits for it
+
+            self.imported.set()
+            if engine_host().state == "empty":
+                engine_host().use(MINI)
+        except GLMError as error:
+            self.error = error
+        finally:
+            self.finished.set()
+            jobs.supervisor(self._settings).start()
+
+
+def startup() -> Startup:
+    """The start of this process; the first call begins it, no call waits for it."""
+    return _startup(settings())
+
+
+@st.cache_resource(show_spinner=False)
+def _startup(found: Settings) -> Startup:
+    return Startup(found)
+
+
+class Loading:
+    """The last load asked for on a screen: it goes on when the screen is left."""
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.error: GLMError | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, path: Path, precision: str, device: str, generation: str | None) -> None:
+        """Load a checkpoint in the background; a second click while one is loading changes nothing."""
+        with self._lock:
+            if self.busy:
+                return
+            self.name, self.error = path.name, None
+            self._thread = threading.Thread(
+                target=self._run, args=(path, precision, device, generation), name="glm-load", daemon=True
+            )
+            self._thread.start()
+
+    def _run(self, path: Path, precision: str, device: str, generation: str | None) -> None:
+        try:
+            engine_host().use(path, precision=precision, device=device, generation=generation)
+        except GLMError as error:
+            self.error = error
+        except Exception as error:  # a thread has no screen: without this the reason would be lost
+            self.error = GLMError(
+                f"{path.name} was not loaded: {type(error).__name__}: {error}.",
+                "The terminal shows where; choose another checkpoint, precision or device.",
+            )
+            raise
+
+
+class Testing:
+    """The last self-test asked for on a screen; on a large model it takes minutes."""
+
+    def __init__(self) -> None:
+        self.said = ""
+        self.error: GLMError | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, engine: Engine) -> None:
+        """Compare batched with single in the background; a second click meanwhile changes nothing."""
+        with self._lock:
+            if self.busy:
+                return
+            self.said, self.error = "", None
+            self._thread = threading.Thread(target=self._run, args=(engine,), name="glm-test", daemon=True)
+            self._thread.start()
+
+    def _run(self, engine: Engine) -> None:
+        try:
+            self.said = engine.self_test().text
+        except GLMError as error:  # unloaded, or replaced, while it ran
+            self.error = error
+
+
+@st.cache_resource(show_spinner=False)
+def testing() -> Testing:
+    """The one self-test in progress, shared by all sessions."""
+    return Testing()
+
+
+@st.cache_resource(show_spinner=False)
+def loading() -> Loading:
+    """The one load in progress, shared by all sessions as the model is."""
+    return Loading()
+
+
+def load_model(
+    path: Path = MINI, precision: str = "auto", device: str = "auto", generation: str | None = None
+) -> None:
+    """Begin to load a checkpoint and return at once; `model_state` says how it goes."""
+    loading().start(path, precision, device, generation)
+
+
+def unload_model() -> None:
+    """Free the model's memory; GLMError while a job holds it."""
+    loading().error = startup().error = None
+    engine_host().unload()
+
+
+def model_state() -> tuple[str, str]:
+    """("starting" | "empty" | "loading" | "ready" | "failed", name of the model it is about)."""
+    host = engine_host()
+    if host.state == "loading":
+        return "loading", host.loading_name
+    if loading().busy:
+        return "loading", loading().name
+    if engine := host.current:
+        return "ready", engine.loaded.info.name
+    if not startup().finished.is_set():
+        return "starting", MINI.name
+    return ("failed" if model_error() else "empty"), ""
+
+
+def model_error() -> GLMError | None:
+    """Why the last load failed or was refused, or None."""
+    return loading().error or engine_host().error or startup().error
+
+
+@st.cache_data(ttl=20, show_spinner=False, max_entries=8)
+def checkpoints(roots: tuple[Path, ...]) -> list[CheckpointInfo]:
+    """The checkpoints under some folders; looked up again after 20 seconds or `checkpoints.clear()`."""
+    from glm_core import checkpoints as found
+
+    return found.find(roots)
+
+
+# --- what a user chose --------------------------------------------------------------------------------------
+
+_file_lock = threading.Lock()
+
+
+def remember(key: str, default: Any) -> Any:
+    """A user's setting: as chosen in this session, else as kept in the workspace, else the default."""
+    shadow = f"kept.{key}"  # a widget's own key is deleted when another page is shown
+    if shadow not in st.session_state:
+        st.session_state[shadow] = _kept().get(key, default)
+    return st.session_state[shadow]
+
+
+def remember_set(key: str, value: Any) -> None:
+    """Keep a user's setting across pages and restarts; the value must be JSON."""
+    st.session_state[f"kept.{key}"] = value
+    with _file_lock:
+        kept = _kept()
+        if kept.get(key) == value and key in kept:
+            return
+        kept[key] = value
+        try:
+            _write_kept(kept)
+        except OSError:  # a full disk must not take the page away; the session still remembers
+            return
+
+
+def kept_widget(key: str, default: Any, options: Sequence[Any] | None = None) -> dict[str, Any]:
+    """Arguments that make a widget remember its value: st.slider("Rows", 1, 9, **kept_widget("rows", 3)).
+
+    options  where the choices differ between machines: a remembered value that is not among them is left out
+    """
+    widget = f"widget.{key}"
+    value = st.session_state.get(widget, remember(key, default))
+    if widget not in st.session_state or (options is not None and value not in options):
+        st.session_state[widget] = value if options is None or value in options else default
+    return {"key": widget, "on_change": lambda: remember_set(key, st.session_state[widget])}
+
+
+def _kept_file() -> Path:
+    return Settings.read().workspace / "preferences.json"
+
+
+def _kept() -> dict[str, Any]:
+    try:
+        found = json.loads(_kept_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_kept(kept: dict[str, Any]) -> None:
+    path = _kept_file()
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".preferences-")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(kept, file, ensure_ascii=False, indent=1)
+    os.replace(name, path)  # another session reads the old file or the new one, never half of one
+
+
+def session(key: str, default: Any = None) -> Any:
+    """A value of this browser session only."""
+    return st.session_state.get(key, default)
+
+
+def session_set(key: str, value: Any) -> None:
+    """Set a value of this browser session; also a widget's, before it is drawn."""
+    st.session_state[key] = value
+
+
+def query(name: str, default: str = "") -> str:
+    """A parameter of the page's address, as in ?job=..."""
+    return str(st.query_params.get(name, default))
+
+
+def query_set(name: str, value: str | None) -> None:
+    """Set a parameter of the page's address, or remove it with None."""
+    if value is None:
+        st.query_params.pop(name, None)
+    elif st.query_params.get(name) != value:
+        st.query_params[name] = value
+
+
+def browser_locale() -> str:
+    """What the browser speaks, as in "zh-CN"; empty where it does not say."""
+    return str(st.context.locale or "")

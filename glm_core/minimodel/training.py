@@ -28,9 +28,10 @@ SHAPE: dict[str, int] = {
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
-EPOCHS = 16
+EPOCHS = 14
 BATCH_TOKENS = 4096  # padded; about 70 examples
 LEARNING_RATE = 1.5e-3
+LONGEST = 320  # tokens; longer examples are left out
 WARM_UP = 150  # steps
 AVERAGE = 0.997  # the released weights are an exponential average over steps
 
@@ -98,24 +99,26 @@ def new_model() -> ChatGLM2ForCausalLM:
 def batches(
     tokenizer: ChatGLM2Tokenizer, found: list[examples.Example], generator: random.Random
 ) -> Iterator[tuple[list[tuple[list[int], int, float]], int]]:
-    """Batches of (ids, prompt length, weight) of similar length in random order, and their longest length."""
-    encoded = []
+    """Batches of (ids, prompt length, weight) of similar length in random order, and the length to pad to.
+
+    Lengths are multiples of 8 and every length has one number of rows, so that the processor's kernels, which are
+    built per shape, are built once.
+    """
+    encoded: list[tuple[list[int], int, float]] = []
     for example in found:
         ids, prompt = examples.encode(tokenizer, example)
-        if len(ids) <= 512:
+        if len(ids) <= LONGEST:
             encoded.append((ids, prompt, example.weight))
-    encoded.sort(key=lambda item: len(item[0]) + generator.random() * 6)
-    groups: list[list[tuple[list[int], int, float]]] = [[]]
-    longest = 0
-    for item in encoded:
-        longest = max(longest, len(item[0]))
-        if longest * (len(groups[-1]) + 1) > BATCH_TOKENS:
-            groups.append([])
-            longest = len(item[0])
-        groups[-1].append(item)
+    encoded.sort(key=lambda item: -(-len(item[0]) // 8), reverse=True)
+    groups: list[tuple[list[tuple[list[int], int, float]], int]] = []
+    start = 0
+    while start < len(encoded):  # longest first: a batch is as long as its first row
+        length = -(-len(encoded[start][0]) // 8) * 8
+        rows = max(1, BATCH_TOKENS // length)
+        groups.append((encoded[start : start + rows], length))
+        start += rows
     generator.shuffle(groups)
-    for group in groups:
-        yield group, max(len(ids) for ids, _, _ in group)
+    yield from groups
 
 
 def train(
@@ -170,8 +173,9 @@ def train(
             ids, labels, weights = ids.to(device), labels[:, 1:].to(device), weights[:, 1:].to(device)
             counted = labels != -100  # only answers are learned, so the head is computed for them alone
             with torch.autocast(device, torch.bfloat16):
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-                logits = model.lm_head(hidden[counted]).float()
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][counted]
+                # padded to a multiple of 512, again for the sake of few shapes
+                logits = model.lm_head(F.pad(hidden, (0, 0, 0, -len(hidden) % 512)))[: len(hidden)].float()
             own_weights = weights[counted]
             loss = (
                 F.cross_entropy(logits, labels[counted], reduction="none") * own_weights

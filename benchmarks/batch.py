@@ -92,7 +92,9 @@ def batch_job(running: engine.Engine, texts: list[str], folder: Path) -> tuple[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--checkpoint", type=Path, default=MINI)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--rows", type=int, default=1024, help="rows per round of the batch path")
@@ -110,7 +112,9 @@ def main() -> None:
         f"{loaded.info.name}, {loaded.info.parameters / 1e6:.1f} M parameters, {loaded.precision} on {loaded.device}, "
         f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, {platform.machine()}"
     )
-    print(f"shared instruction {instruction} tokens, rows {statistics.mean(lengths):.0f} tokens, up to {NEW_TOKENS} new tokens")
+    print(
+        f"shared instruction {instruction} tokens, rows {statistics.mean(lengths):.0f} tokens, up to {NEW_TOKENS} new tokens"
+    )
     ratios, different = [], 0
     plain_loop(loaded, texts[:4])
     with tempfile.TemporaryDirectory() as folder:

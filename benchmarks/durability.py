@@ -42,11 +42,16 @@ def new_job(workspace: Path, rows: int) -> str:
 
 def results(workspace: Path) -> dict[int, tuple[str, float]]:
     with closing(sqlite3.connect(workspace / "workbench.db")) as database:
-        return {idx: (text, at) for idx, text, at in database.execute("SELECT idx, prediction, finished FROM result")}
+        return {
+            idx: (text, at)
+            for idx, text, at in database.execute("SELECT idx, prediction, finished FROM result")
+        }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
@@ -73,7 +78,10 @@ def main() -> None:
             page.close()
             now = results(workspace)
             changed += sum(now.get(idx) != value for idx, value in seen.items())
-            print(f"kill {kill + 1:2}: {len(now):5} rows finished, {len(now) - before:4} since the last kill", flush=True)
+            print(
+                f"kill {kill + 1:2}: {len(now):5} rows finished, {len(now) - before:4} since the last kill",
+                flush=True,
+            )
             seen = now
         server.start()
         page = browser.new_page()
@@ -88,7 +96,9 @@ def main() -> None:
         changed += sum(end.get(idx) != value for idx, value in seen.items())
         server.kill()
         browser.close()
-    print(f"{len(end)} results, {len(set(end))} distinct rows of {options.rows}; job {state} after {attempts} attempts")
+    print(
+        f"{len(end)} results, {len(set(end))} distinct rows of {options.rows}; job {state} after {attempts} attempts"
+    )
     print(f"finished rows that were lost or computed again: {changed}")
     sys.exit(0 if len(end) == options.rows and changed == 0 and state == "done" else 1)
 

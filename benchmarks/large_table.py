@@ -1,6 +1,6 @@
 """A 200 MB table of one million rows, by path, through the pages: extra memory of the server and time to a page.
 
-    python benchmarks/large_table.py
+python benchmarks/large_table.py
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Peak:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=1_000_000)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, sync_playwright() as playwright:
@@ -100,7 +102,9 @@ def main() -> None:
         browser.close()
         server.kill()
     print(f"opened and previewed in {opened:.1f} s; job running {running:.1f} s after Run")
-    print(f"server memory: {before / 2**20:.0f} MiB before, peak {(peak.highest - before) / 2**20:.0f} MiB more")
+    print(
+        f"server memory: {before / 2**20:.0f} MiB before, peak {(peak.highest - before) / 2**20:.0f} MiB more"
+    )
     print(f"first page of results: {min(shown):.2f} s (best of {len(shown)}), {max(shown):.2f} s (slowest)")
 
 

@@ -1,6 +1,6 @@
 """Seconds from `streamlit run Home.py` to a usable Home in a browser, and for a switch between warm pages.
 
-    python benchmarks/start.py
+python benchmarks/start.py
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> None:
                     for name in PAGES:
                         started = time.perf_counter()
                         page.get_by_test_id("stSidebar").get_by_role("link", name=name, exact=True).click()
-                        page.get_by_test_id("stHeading").filter(has_text="GLM Workbench" if name == "Home" else name).first.wait_for()
+                        page.get_by_test_id("stHeading").filter(
+                            has_text="GLM Workbench" if name == "Home" else name
+                        ).first.wait_for()
                         settled(page)
                         if turn:
                             switches[name].append(time.perf_counter() - started)

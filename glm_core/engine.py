@@ -316,6 +316,8 @@ class Rows:
     def add(self, other: Rows) -> None:
         import torch
 
+        if not other.handles:
+            return
         if not self.handles:
             self.__dict__.update(other.__dict__)
             return
@@ -644,7 +646,13 @@ class Engine:
         for begin in range(0, width, chunk):
             end = min(width, begin + chunk)
             logits = self._forward(cache, ids[:, begin:end], positions[:, begin:end], real[:, : shared + end])
-            if end < width and handles[0].request.priority == "batch" and not self._closing:
+            if (
+                all(handle._cancelled for handle in handles) or self._closing
+            ):  # a long prompt nobody waits for
+                for handle in handles:
+                    handle._finish("cancelled", "cancelled")
+                return Rows()
+            if end < width and handles[0].request.priority == "batch":
                 self._drop_cancelled()
                 self._advance("chat")
         tokens = len(handles) * width

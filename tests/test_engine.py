@@ -18,7 +18,13 @@ from glm_core.errors import GLMError
 from glm_core.tokenizers.chatglm2 import Message
 from tests.conftest import GOLDEN
 
-TEXTS = ["你好", "hello there, how are you today my friend?", "1", "请写一首关于春天的诗，要押韵，四句就好。" * 3, "a b c"]
+TEXTS = [
+    "你好",
+    "hello there, how are you today my friend?",
+    "1",
+    "请写一首关于春天的诗，要押韵，四句就好。" * 3,
+    "a b c",
+]
 
 
 def prompt(engine, text: str) -> tuple[int, ...]:
@@ -30,7 +36,9 @@ def alone(engine, request: Request) -> list[int]:
     ids = list(request.prompt_ids)
     with torch.inference_mode():
         for _ in range(request.settings.max_new_tokens):
-            ids.append(int(engine.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            ids.append(
+                int(engine.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+            )
             if ids[-1] in engine.tokenizer.stop_ids:
                 break
     return ids[len(request.prompt_ids) :]
@@ -41,7 +49,11 @@ def test_rows_together_equal_rows_alone(engine, priority):
     """Ragged lengths, ragged ends, rows that join later: the tokens are those of each row alone (fp32)."""
     generator = random.Random(1)
     requests = [
-        Request(prompt(engine, text * generator.randint(1, 3)), GenerationSettings(max_new_tokens=generator.randint(1, 25)), priority)
+        Request(
+            prompt(engine, text * generator.randint(1, 3)),
+            GenerationSettings(max_new_tokens=generator.randint(1, 25)),
+            priority,
+        )
         for text in TEXTS * 6
     ]
     handles = engine.submit_many(requests[:20])
@@ -83,7 +95,9 @@ def test_chat_starts_while_a_batch_is_running(engine):
     assert chat.wait(30)
     waited = time.monotonic() - started
     status = engine.status()
-    assert status.queued_batch + status.running_batch > 100, f"the batch was over before the chat ({waited:.2f} s)"
+    assert status.queued_batch + status.running_batch > 100, (
+        f"the batch was over before the chat ({waited:.2f} s)"
+    )
 
 
 def test_cancel_keeps_what_was_said_and_frees_the_row(engine):
@@ -135,7 +149,9 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
         return forward(cache, ids, positions, real, keep)
 
     monkeypatch.setattr(engine, "_forward_all", limited)
-    requests = [Request(prompt(engine, text), GenerationSettings(max_new_tokens=8), "batch") for text in TEXTS * 6]
+    requests = [
+        Request(prompt(engine, text), GenerationSettings(max_new_tokens=8), "batch") for text in TEXTS * 6
+    ]
     handles = engine.submit_many(requests)
     assert all(handle.wait(60) for handle in handles)
     monkeypatch.undo()
@@ -145,7 +161,9 @@ def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
 
 
 def test_a_row_too_large_for_memory_fails_with_advice(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_forward_all", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")))
+    monkeypatch.setattr(
+        engine, "_forward_all", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
+    )
     handle = engine.submit(Request(prompt(engine, "你好"), priority="batch"))
     assert handle.wait(10)
     assert handle.state == "failed" and "Memory ran out" in str(handle.error) and handle.error.todo
@@ -173,10 +191,14 @@ def test_a_seed_gives_the_same_sample_in_any_company(engine):
     settings = GenerationSettings(max_new_tokens=15, temperature=0.9, top_p=0.9, top_k=50, seed=5)
     single = engine.submit(Request(prompt(engine, "你好"), settings))
     single.wait(60)
-    crowd = engine.submit_many([Request(prompt(engine, text), settings, "batch") for text in ["你好", *TEXTS]])
+    crowd = engine.submit_many(
+        [Request(prompt(engine, text), settings, "batch") for text in ["你好", *TEXTS]]
+    )
     [handle.wait(60) for handle in crowd]
     assert crowd[0].ids == single.ids
-    other = engine.submit(Request(prompt(engine, "你好"), GenerationSettings(max_new_tokens=15, temperature=0.9, seed=6)))
+    other = engine.submit(
+        Request(prompt(engine, "你好"), GenerationSettings(max_new_tokens=15, temperature=0.9, seed=6))
+    )
     other.wait(60)
     assert other.ids != single.ids
 
@@ -185,7 +207,9 @@ def test_a_stop_text_ends_the_answer_and_is_not_part_of_it(engine):
     free = engine.submit(Request(prompt(engine, "你好"), GenerationSettings(max_new_tokens=30)))
     free.wait(60)
     stop = free.text[len(free.text) // 2 :][:2]
-    handle = engine.submit(Request(prompt(engine, "你好"), GenerationSettings(max_new_tokens=30, stop=(stop,))))
+    handle = engine.submit(
+        Request(prompt(engine, "你好"), GenerationSettings(max_new_tokens=30, stop=(stop,)))
+    )
     handle.wait(60)
     assert handle.finish_reason == "stop" and handle.text == free.text.split(stop, 1)[0]
 
@@ -202,7 +226,8 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(engine):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"repetition_penalty": 0}]
+    "settings",
+    [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_k": -1}, {"repetition_penalty": 0}],
 )
 def test_settings_outside_their_range_are_named(engine, settings):
     with pytest.raises(GLMError, match=next(iter(settings))):
@@ -216,10 +241,14 @@ def test_warping_equals_transformers():
     arrays = np.load(GOLDEN / "generation" / "warpers.npz")
     for case, about in json.loads((GOLDEN / "generation" / "warpers.json").read_text()).items():
         settings = GenerationSettings(
-            temperature=about["args"]["temperature"], top_p=about["args"]["top_p"], top_k=about["top_k_effective"]
+            temperature=about["args"]["temperature"],
+            top_p=about["args"]["top_p"],
+            top_k=about["top_k_effective"],
         )
         for logits, expected in zip(torch.tensor(arrays["logits"]), arrays[f"{case}/probs"], strict=True):
-            np.testing.assert_allclose(warp(logits.float(), settings).softmax(-1).numpy(), expected, atol=1e-6)
+            np.testing.assert_allclose(
+                warp(logits.float(), settings).softmax(-1).numpy(), expected, atol=1e-6
+            )
 
 
 def test_the_repetition_penalty_equals_transformers():
@@ -316,3 +345,21 @@ def test_requests_of_an_unloaded_model_end(tiny_checkpoint):
     assert handle.wait(5) and handle.state == "cancelled"
     with pytest.raises(GLMError, match="unloaded"):
         engine.submit(Request((5, 6)))
+
+
+def test_a_long_prompt_is_given_up_between_its_pieces(engine, monkeypatch):
+    forward, seen = engine._forward, []
+
+    def slow(cache, ids, positions, real):
+        seen.append(ids.shape[1])
+        time.sleep(0.05)
+        return forward(cache, ids, positions, real)
+
+    monkeypatch.setattr(engine, "_forward", slow)
+    engine._prefill_speed = 200.0  # pieces of 50 tokens
+    handle = engine.submit(Request(tuple(range(5, 1505))))
+    while not seen:
+        time.sleep(0.005)
+    handle.cancel()
+    assert handle.wait(5) and handle.state == "cancelled"
+    assert len(seen) < 15, "the whole prompt was computed"

@@ -61,7 +61,9 @@ async def chat_round(pages: list[Page], server: Server, number: int, expected: i
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         with closing(sqlite3.connect(server.workspace / "workbench.db")) as database:
-            (done,) = database.execute("SELECT count(*) FROM turn WHERE role='assistant' AND state='done'").fetchone()
+            (done,) = database.execute(
+                "SELECT count(*) FROM turn WHERE role='assistant' AND state='done'"
+            ).fetchone()
         if done >= expected:
             return
         await asyncio.sleep(0.2)
@@ -82,7 +84,9 @@ def check(server: Server) -> tuple[int, int]:
                 if role != "assistant":
                     continue
                 history = [Message(r, words) for r, words in turns[:i]]
-                ids = chat.budget(engine.tokenizer, "", history, engine.context, GREEDY.max_new_tokens).prompt_ids
+                ids = chat.budget(
+                    engine.tokenizer, "", history, engine.context, GREEDY.max_new_tokens
+                ).prompt_ids
                 if tuple(ids) not in known:
                     handle = engine.submit(Request(tuple(ids), GREEDY))
                     handle.wait()
@@ -137,7 +141,9 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
         for page in pages:
             await page.close()
         equal, total = check(server)
-        print(f"{options.sessions} sessions: {equal} of {total} answers equal the single-user greedy answer (fp32)")
+        print(
+            f"{options.sessions} sessions: {equal} of {total} answers equal the single-user greedy answer (fp32)"
+        )
         tenth = memory[min(9, len(memory) - 1)]
         print(f"server memory after round 10: {tenth / 2**20:.0f} MiB, after the last: {memory[-1] / 2**20:.0f} MiB "
               f"({(memory[-1] / tenth - 1):+.1%})")  # fmt: skip
@@ -152,7 +158,13 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
             await ask(page, QUESTIONS[number])
             await asyncio.sleep(2.5)
         with closing(sqlite3.connect(workspace / "workbench.db")) as database:
-            waits = [t for (t,) in database.execute("SELECT ttft FROM turn WHERE role='assistant' ORDER BY created DESC LIMIT 8") if t]
+            waits = [
+                t
+                for (t,) in database.execute(
+                    "SELECT ttft FROM turn WHERE role='assistant' ORDER BY created DESC LIMIT 8"
+                )
+                if t
+            ]
             done, total_rows, state = database.execute("SELECT done, total, state FROM job").fetchone()
         print(f"first token beside the job ({done:,} of {total_rows:,} rows, {state}): median {statistics.median(waits):.2f} s, "
               f"slowest {max(waits):.2f} s of {len(waits)}")  # fmt: skip
@@ -161,7 +173,9 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sessions", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--turns", type=int, default=5, help="rounds per conversation")

@@ -12,7 +12,9 @@ from glm_core.tokenizers.chatglm2 import ROLE_TOKENS, ChatGLM2Tokenizer, Message
 from tests.conftest import GOLDEN, SHARED
 
 RELEASED = SHARED / "vocab" / "tokenizer.model"
-released = pytest.mark.skipif(not RELEASED.is_file(), reason="the released tokenizer.model is not on this machine")
+released = pytest.mark.skipif(
+    not RELEASED.is_file(), reason="the released tokenizer.model is not on this machine"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +61,26 @@ def test_user_text_never_becomes_a_control_token(text, generation):
     tokenizer = ChatGLM2Tokenizer(MINI / "tokenizer.model", generation)
     assert all(2 < i < tokenizer.n_pieces for i in tokenizer.encode(text))
     control = [i for i in tokenizer.chat_ids([Message("user", text)]) if i >= tokenizer.n_pieces]
-    roles = [tokenizer.special["<|user|>"], tokenizer.special["<|assistant|>"]] if generation == "chatglm3" else []
+    roles = (
+        [tokenizer.special["<|user|>"], tokenizer.special["<|assistant|>"]]
+        if generation == "chatglm3"
+        else []
+    )
     assert control == [*tokenizer.prefix_ids, *roles]
 
 
 @pytest.mark.parametrize(
-    "text", ["你好，世界！", "Hello  world", " leading", "a\nb\n\nc", "🎉 emoji", "ＦＵＬＬ width", "\tTab", "é ñ ü 🤖👍🏽"]
+    "text",
+    [
+        "你好，世界！",
+        "Hello  world",
+        " leading",
+        "a\nb\n\nc",
+        "🎉 emoji",
+        "ＦＵＬＬ width",
+        "\tTab",
+        "é ñ ü 🤖👍🏽",
+    ],
 )
 def test_decoding_gives_the_text_back(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -307,7 +307,7 @@ def _guess(sample: bytes) -> str:
     import charset_normalizer
 
     matches = charset_normalizer.from_bytes(sample[: 1 << 16], cp_isolation=_GUESSES)
-    names = [match.encoding for match in matches]
+    names = [str(match.encoding) for match in matches]
     if not names:
         return ""
     if names[0] == "cp1250":  # told from cp1252 by a few letters only; Western Europe is the likelier origin

@@ -62,7 +62,9 @@ def test_chat_answers_survive_a_refresh_and_are_kept(page, server):
     settled(page)
     expect(page.get_by_test_id("stChatInputTextArea")).to_be_enabled(timeout=60_000)
     with closing(sqlite3.connect(server.workspace / "workbench.db")) as database:
-        turns = database.execute("SELECT role, text, state FROM turn ORDER BY created DESC, n DESC LIMIT 2").fetchall()
+        turns = database.execute(
+            "SELECT role, text, state FROM turn ORDER BY created DESC, n DESC LIMIT 2"
+        ).fetchall()
     assert {role for role, _, _ in turns} == {"user", "assistant"}
     assert all(text.strip() and state == "done" for _, text, state in turns)
 

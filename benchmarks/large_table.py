@@ -23,7 +23,7 @@ import os
 import psutil
 from playwright.sync_api import sync_playwright
 
-from tests.browser.serving import CHROMIUM, FLAGS, Server, settled
+from tests.browser.serving import CHROMIUM, FLAGS, Server, badge, settled
 
 WORDS = "视频 不错 老师 讲得 真好 快递 有点 慢 价格 合适 下次 还来 画质 一般 字幕 清楚 音乐 好听 推荐 收藏".split()
 
@@ -71,8 +71,8 @@ def main() -> None:
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
         page.set_default_timeout(180_000)
         page.goto(f"{server.url}/batch")
-        page.get_by_text("ready", exact=True).first.wait_for()
-        page.get_by_text("batched = single").first.wait_for()
+        badge(page, "ready").wait_for()
+        badge(page, "batched = single").wait_for()
         settled(page)
         assert server.process is not None
         before = psutil.Process(server.process.pid).memory_info().rss
@@ -89,7 +89,7 @@ def main() -> None:
         running = time.perf_counter() - started
         peak.stop()
         page.get_by_role("button", name="Pause").click()
-        page.get_by_text("paused", exact=True).first.wait_for()
+        badge(page, "paused").wait_for()
         page.get_by_text("Results", exact=True).first.wait_for()
         settled(page)
         shown = []

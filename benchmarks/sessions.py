@@ -29,7 +29,7 @@ from glm_core import batch, chat, checkpoints, jobs
 from glm_core.engine import Engine, GenerationSettings, Request
 from glm_core.settings import MINI
 from glm_core.tokenizers.chatglm2 import Message
-from tests.browser.serving import CHROMIUM, FLAGS, Server
+from tests.browser.serving import CHROMIUM, FLAGS, Server, badge
 
 GREEDY = GenerationSettings(max_new_tokens=64)
 QUESTIONS = (
@@ -125,7 +125,7 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         first = await browser.new_page()
         await first.goto(server.url)
-        await first.get_by_text("ready", exact=True).first.wait_for(timeout=120_000)
+        await badge(first, "ready").wait_for(timeout=120_000)
         await first.close()
         pages = [await (await browser.new_context()).new_page() for _ in range(options.sessions)]
         for page in pages:

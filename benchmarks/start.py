@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from playwright.sync_api import sync_playwright
 
-from tests.browser.serving import CHROMIUM, FLAGS, Server, settled
+from tests.browser.serving import CHROMIUM, FLAGS, Server, badge, settled
 
 ROUNDS = 3
 PAGES = ("Chat", "Batch prediction", "Jobs", "Models", "Home")
@@ -35,7 +35,7 @@ def main() -> None:
                 page.get_by_text("Guided start").wait_for()
                 settled(page)
                 cold.append(time.perf_counter() - started)
-                page.get_by_text("ready", exact=True).first.wait_for(timeout=120_000)
+                badge(page, "ready").wait_for(timeout=120_000)
                 model.append(time.perf_counter() - started)
                 for turn in range(3):
                     for name in PAGES:

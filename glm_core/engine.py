@@ -398,8 +398,8 @@ class Engine:
         self.prefixes = PrefixCache(max(16 << 20, min(loaded.weight_bytes // 10, 1 << 30)))
         self.notes: tuple[str, ...] = ()
         self.exact: SelfTest | None = None
-        self._queues: dict[str, deque[Handle]] = {"chat": deque(), "batch": deque()}
-        self._rows: dict[str, Rows] = {"chat": Rows(), "batch": Rows()}
+        self._queues: dict[Priority, deque[Handle]] = {"chat": deque(), "batch": deque()}
+        self._rows: dict[Priority, Rows] = {"chat": Rows(), "batch": Rows()}
         self._tasks: deque[Callable[[], None]] = deque()
         self._handles: OrderedDict[str, Handle] = OrderedDict()
         self._condition = threading.Condition()
@@ -561,7 +561,13 @@ class Engine:
                     task = self._tasks.popleft() if self._tasks else None
                 if task is not None:
                     task()
-                self._round()
+                try:
+                    self._round()
+                except (
+                    Exception
+                ) as error:  # the thread must outlive a mistake, or every caller waits for ever
+                    for priority in self._rows:
+                        self._recover(priority, [], error)
         for handle in [*self._all_rows(), *self._queues["chat"], *self._queues["batch"]]:
             handle._finish("cancelled", "cancelled")
         self._rows = {"chat": Rows(), "batch": Rows()}
@@ -797,20 +803,19 @@ class Engine:
             self.prefixes.put(ids, rows.cache.select(one, start, room=0))
 
     def _drop_cancelled(self) -> None:
-        for queue in self._queues.values():
-            if any(handle._cancelled for handle in queue):
-                with self._condition:
-                    gone = [handle for handle in queue if handle._cancelled]
-                    for handle in gone:
-                        queue.remove(handle)
-                for handle in gone:
-                    handle._finish("cancelled", "cancelled")
+        gone: list[Handle] = []
+        with self._condition:  # callers append to the queues at any time
+            for queue in self._queues.values():
+                dropped = [handle for handle in queue if handle._cancelled]
+                for handle in dropped:
+                    queue.remove(handle)
+                gone += dropped
         for rows in self._rows.values():
             if any(handle._cancelled for handle in rows.handles):
-                gone = [handle for handle in rows.handles if handle._cancelled]
+                gone += [handle for handle in rows.handles if handle._cancelled]
                 rows.keep([i for i, handle in enumerate(rows.handles) if not handle._cancelled])
-                for handle in gone:
-                    handle._finish("cancelled", "cancelled")
+        for handle in gone:
+            handle._finish("cancelled", "cancelled")
 
     def _recover(self, priority: Priority, joining: list[Handle], error: Exception) -> None:
         """After an exception: out of memory starts the rows again in smaller company, anything else fails them."""

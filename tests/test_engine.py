@@ -363,3 +363,32 @@ def test_a_long_prompt_is_given_up_between_its_pieces(engine, monkeypatch):
     handle.cancel()
     assert handle.wait(5) and handle.state == "cancelled"
     assert len(seen) < 15, "the whole prompt was computed"
+
+
+def test_requests_that_arrive_while_others_are_cancelled_are_all_served(engine):
+    """Callers append to the queue while the scheduler looks through it."""
+    settings = GenerationSettings(max_new_tokens=2)
+    ids, kept = prompt(engine, "hi"), []
+
+    def feed() -> None:
+        for i in range(400):
+            handle = engine.submit_many([Request(ids, settings, "batch")])[0]
+            if i % 3:
+                handle.cancel()
+            else:
+                kept.append(handle)
+
+    threads = [threading.Thread(target=feed) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    assert len(kept) == 4 * 134 and all(handle.wait(60) for handle in kept)
+    assert {handle.state for handle in kept} == {"done"}
+
+
+def test_a_mistake_in_the_scheduler_does_not_end_it(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_drop_cancelled", lambda: (_ for _ in ()).throw(RuntimeError("mutated")))
+    first = engine.submit(Request(prompt(engine, "hi")))
+    time.sleep(0.1)
+    monkeypatch.undo()
+    assert first.wait(10)
+    assert engine.submit(Request(prompt(engine, "hi"), GenerationSettings(max_new_tokens=2))).wait(10)

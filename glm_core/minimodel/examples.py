@@ -171,7 +171,7 @@ def comment_text(comment: Comment, comments: Sequence[Comment], generator: rando
 def label_prompt(comment: Comment, text: str, generator: random.Random) -> Example:
     """A labelling question in one of the wordings; the language of the question need not be the comment's."""
     chinese = comment.language == "zh" if generator.random() < 0.75 else generator.random() < 0.5
-    if chinese and generator.random() < 0.1:
+    if chinese and generator.random() < 0.06:
         template, labels = GUIDELINES, CHINESE_LABELS
     elif chinese:
         template, labels = _first_often(CHINESE_TEMPLATES, generator), CHINESE_LABELS

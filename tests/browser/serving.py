@@ -66,3 +66,8 @@ class Server:
 def settled(page) -> None:
     """Wait until the script has run and no element is stale."""
     page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
+
+
+def badge(page, text: str):
+    """The first badge that says this: a job's state, or "ready" once the model is loaded."""
+    return page.locator(".stMarkdownBadge").filter(has_text=text).first

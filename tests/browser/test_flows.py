@@ -13,7 +13,8 @@ import openpyxl
 import pytest
 from playwright.sync_api import expect
 
-from tests.browser.serving import settled
+from glm_core.minimodel.examples import CHINESE_TEMPLATES
+from tests.browser.serving import badge, settled
 from tests.conftest import REPOSITORY
 
 COMMENTS = REPOSITORY / "data" / "samples" / "comments.csv"
@@ -24,7 +25,7 @@ def ready(page, server) -> None:
     """Home is on screen and the embedded model is loaded."""
     page.goto(server.url)
     settled(page)
-    expect(page.get_by_text("ready", exact=True).first).to_be_visible(timeout=90_000)
+    expect(badge(page, "ready")).to_be_visible(timeout=90_000)
 
 
 @pytest.mark.parametrize("path", PAGES)
@@ -72,14 +73,17 @@ def test_chat_answers_survive_a_refresh_and_are_kept(page, server):
 def test_a_spreadsheet_is_labelled_and_comes_back_unchanged(page, server, tmp_path):
     """Upload, run, download as Excel: the analyst's columns cell by cell, and one label per row."""
     ready(page, server)
-    page.goto(f"{server.url}/batch?sample=comments")
+    page.goto(f"{server.url}/batch")
     settled(page)
     page.get_by_test_id("stFileUploaderDropzoneInput").first.set_input_files(COMMENTS)
+    template = page.get_by_label("Template", exact=True)
+    template.fill(CHINESE_TEMPLATES[0].replace("{text}", "{comment}"))
+    template.press("Control+Enter")
     settled(page)
     page.get_by_role("button", name=re.compile(r"Run [\d,]+ rows")).click()
     page.wait_for_url(re.compile(r"[?&]job="))
-    expect(page.get_by_text("done", exact=True).first).to_be_visible(timeout=120_000)
-    saved = download(page, "XLSX", tmp_path)
+    expect(badge(page, "done")).to_be_visible(timeout=120_000)
+    saved = download(page, "Excel", tmp_path)
     sheet = [
         [cell.value if cell.value is not None else "" for cell in row]
         for row in openpyxl.load_workbook(saved).active
@@ -92,15 +96,14 @@ def test_a_spreadsheet_is_labelled_and_comes_back_unchanged(page, server, tmp_pa
 
 
 def download(page, format: str, folder: Path) -> Path:
-    """Choose a format, have the file made, and fetch it."""
-    page.get_by_text(format, exact=True).first.click()
+    """Choose a format and fetch the file."""
+    page.get_by_role("radio", name=format, exact=True).or_(
+        page.get_by_role("button", name=format, exact=True)
+    ).first.click()
     settled(page)
-    make = page.get_by_role("button", name=re.compile(r"^(Make|Prepare|Build|Create)"))
-    if make.count():
-        make.first.click()
-        settled(page)
+    button = page.get_by_test_id("stDownloadButton").get_by_role("button", name=re.compile(format)).first
     with page.expect_download() as caught:
-        page.get_by_test_id("stDownloadButton").locator("button").first.click()
+        button.click()
     saved = folder / caught.value.suggested_filename
     caught.value.save_as(saved)
     return saved
@@ -127,7 +130,7 @@ def test_a_killed_server_finishes_the_job_after_its_restart(page, own_server, tm
     own_server.start()
     page.goto(url)
     wait_for_results(own_server, lambda n: n >= 1500)
-    expect(page.get_by_text("done", exact=True).first).to_be_visible(timeout=60_000)
+    expect(badge(page, "done")).to_be_visible(timeout=60_000)
     with closing(sqlite3.connect(own_server.workspace / "workbench.db")) as database:
         after = dict(database.execute("SELECT idx, finished FROM result"))
     assert len(after) == 1500

@@ -1,0 +1,130 @@
+"""Jobs: everything that was started, how far it is, and the way to pause, resume, cancel, retry, open and delete it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from pages.shared import job_panel, page, panels, state
+from pages.shared.text import plain, t
+
+if TYPE_CHECKING:
+    from glm_core.jobs import Job
+
+OPEN = (*job_panel.MOVING, "paused")
+LISTED = 500
+PAGE_JOBS = 15
+
+
+def main() -> None:
+    """Draw the page."""
+    page.frame(
+        "jobs",
+        ("Jobs", "任务"),
+        ":material/checklist:",
+        (
+            "Jobs go on when you close the browser, and after a restart. Every finished row is kept.",
+            "关闭浏览器后任务仍会继续，重启后也会接着运行。每个完成的行都会保存。",
+        ),
+    )
+    jobs = state.job_store().list(limit=LISTED)
+    job_panel.problem()
+    asked = state.query("job")
+    jobs.sort(key=lambda job: job.id != asked)  # the one asked for first; the sort keeps the others' order
+    if not jobs:
+        empty()
+        return
+    now = [job for job in jobs if job.state in OPEN]
+    if now:
+        panels.section(t("Now", "当前"), "play_circle")
+    job_panel.steady()
+    watch([job.id for job in now])
+    past = [job for job in jobs if job.state not in OPEN]
+    if past:
+        row = panels.section(t("Finished", "已结束"), "history")
+        with row:
+            st.caption(f"{len(past):,}")
+        pages = -(-len(past) // PAGE_JOBS)
+        place = st.container()
+        number = st.pagination(pages, key="past_page") if pages > 1 else 1
+        with place:
+            for job in past[(number - 1) * PAGE_JOBS : number * PAGE_JOBS]:
+                card(job, asked == job.id)
+
+
+@st.fragment(run_every=1)
+def watch(drawn: list[str]) -> None:
+    """The jobs that run, wait or are paused, looked at every second; a job that ends moves down."""
+    jobs = state.job_store().list(limit=LISTED, states=OPEN)
+    if {job.id for job in jobs} != set(drawn):
+        st.rerun()
+    with st.container(key="polled_jobs"):
+        for job in sorted(jobs, key=lambda job: drawn.index(job.id)):
+            card(job, state.query("job") == job.id)
+
+
+def card(job: Job, asked: bool) -> None:
+    """One job: what, how far, how fast, and its buttons."""
+    with st.container(border=True, gap="xsmall", key=f"{'asked' if asked else 'job'}_{job.id}"):
+        with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
+            if job.kind == "batch":
+                page.link("batch", (f"**{plain(job.title)}**",) * 2, ":material/table_rows:", job=job.id)
+            else:
+                st.markdown(f"**{plain(job.title)}**", width="content")
+            job_panel.badges(job)
+            st.space("stretch")
+            if job.kind == "batch":
+                page.link("batch", ("Open", "打开"), ":material/open_in_new:", job=job.id)
+            job_panel.actions(job, "list")
+        if job.state in OPEN:
+            job_panel.bar(job)
+        st.caption(" · ".join(facts(job)))
+        if job.message and job.state != "done":
+            st.caption(f":orange[:material/info:] {plain(job.message)}")
+
+
+def facts(job: Job) -> list[str]:
+    """Rows, trouble, speed, time left, start and duration, as far as they are known."""
+    parts = [job_panel.rows_done(job)]
+    if job.failed:
+        parts.append(t(f"{job.failed:,} failed", f"{job.failed:,} 行失败"))
+    if job.truncated:
+        parts.append(t(f"{job.truncated:,} truncated", f"{job.truncated:,} 行被截断"))
+    progress = state.job_store().progress(job.id)
+    if progress.rate:
+        parts.append(job_panel.rate_text(progress.rate))
+    if progress.eta_seconds is not None:
+        left = panels.format_duration(progress.eta_seconds)
+        parts.append(t(f"{left} left", f"剩余 {left}"))
+    if job.active_seconds >= 0.1:
+        ran = panels.format_duration(job.active_seconds)
+        parts.append(t(f"ran {ran}", f"运行 {ran}"))
+    ago = panels.format_ago(job.started or job.created, time.time())
+    parts.append(t(f"started {ago}", f"{ago}开始") if job.started else t(f"made {ago}", f"{ago}创建"))
+    return parts
+
+
+def empty() -> None:
+    """What a job is, where there is none yet."""
+    with st.container(border=True, horizontal_alignment="center", key="no_jobs"):
+        st.space("small")
+        st.markdown("## :primary[:material/checklist:]", width="content")
+        st.markdown(f"**{t('No jobs yet', '还没有任务')}**", width="content")
+        st.caption(
+            t(
+                "A job is a table that the model goes through row by row. Start one on the batch page.",
+                "任务就是让模型逐行处理一张表格。请在批量预测页开始。",
+            ),
+            width="content",
+        )
+        with st.container(horizontal=True, horizontal_alignment="center"):
+            page.link(
+                "batch", ("Start with a sample", "用示例开始"), ":material/play_arrow:", sample="comments"
+            )
+            page.link("batch", ("Open a table", "打开表格"), ":material/table_rows:")
+        st.space("small")
+
+
+main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .engine import Engine, GenerationSettings, Handle
     from .tables import WriteReport
     from .tokenizers.chatglm2 import ChatGLM2Tokenizer
+
+log = logging.getLogger(__name__)
 
 WINDOW_ROWS = 1024  # rows sorted by length at a time
 ROWS_AHEAD = 4  # requests in the engine, in multiples of the rows it computes at once
@@ -58,6 +61,7 @@ class BatchTask:
     columns: tuple[str, ...]
     read_options: dict[str, Any] = field(default_factory=dict)
     limit_rows: int | None = None
+    generation: str = ""  # prompt format, where it was chosen by hand
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -349,11 +353,34 @@ def file_sha256(path: Path) -> str:
 
 def start(store: JobStore, task: BatchTask, table: Rows) -> Job:
     """Copy the rows into a new job and queue it; GLMError, and a failed job, if the file cannot be read."""
+    return _fill(store, _create(store, task), task, table)
+
+
+def start_in_background(store: JobStore, task: BatchTask, table: Rows) -> Job:
+    """`start` for a large table: the job is "preparing" while its rows are copied, and counts them as it goes."""
+    job = _create(store, task)
+
+    def copy() -> None:
+        try:
+            _fill(store, job, task, table)
+        except GLMError:
+            pass  # the job says why
+        except Exception:
+            log.exception("the rows of job %s were not copied", job.id)
+
+    threading.Thread(target=copy, name="glm-copy", daemon=True).start()
+    return job
+
+
+def _create(store: JobStore, task: BatchTask) -> Job:
     Template(task.template, task.columns)
     task.settings.check()
     if not task.output_column.strip():
         raise GLMError("The output column has no name.", "Give it one, for example answer.")
-    job = store.create("batch", task.input_name, task.to_json())
+    return store.create("batch", task.input_name, task.to_json())
+
+
+def _fill(store: JobStore, job: Job, task: BatchTask, table: Rows) -> Job:
     try:
         if not store.add_rows(job.id, islice(table.rows(), task.limit_rows)):
             raise GLMError(f"{task.input_name} has no rows.", "Choose a file with at least one row of data.")
@@ -401,7 +428,7 @@ def run(job: Job, store: JobStore, stop: StopSignal) -> None:
         )
     store.update(job.id, f"Loading {folder.name}")
     while not stop.event.is_set():
-        model = host.use(folder, task.precision, task.device)
+        model = host.use(folder, task.precision, task.device, task.generation or None)
         with host.hold(f"the job {job.title}"):
             if host.current is model:  # not replaced between the two lines above
                 store.update(job.id, job.message, restart_clock=True)

@@ -482,6 +482,7 @@ def _task(options: argparse.Namespace, columns: tuple[str, ...], read_options: d
         columns=columns,
         read_options=read_options,
         limit_rows=options.limit,
+        generation=info.generation,
         versions=work.versions(),
     )
 

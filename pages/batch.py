@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from pages.shared.pickers_batch import Asked
     from pages.shared.table_input import Chosen
 
+AT_ONCE_ROWS = 20_000  # copied within a second
+
 
 def main() -> None:
     """Draw the page: the job in the address, else the form for a new one."""
@@ -199,6 +201,7 @@ def make_task(engine: Engine, chosen: Chosen, asked: Asked) -> BatchTask:
         columns=chosen.info.columns,
         read_options=chosen.options.to_json(),
         limit_rows=asked.limit,
+        generation=engine.tokenizer.generation,
         versions=batch.versions(),
     )
 
@@ -211,12 +214,13 @@ def fingerprint(path: Path) -> str:
 
 
 def start(draft: dict, task: BatchTask, chosen: Chosen) -> None:
-    """Copy the table into a job and go to it."""
+    """Copy the table into a job and go to it; a large one is copied while the job is already on the screen."""
     from glm_core import batch
 
     with st.spinner(t("Copying the rows into the job …", "正在将各行复制到任务……")):
         task = replace(task, input_sha256=batch.file_sha256(chosen.path))
-        job = batch.start(state.job_store(), task, chosen.open())
+        begin = batch.start if chosen.rows <= AT_ONCE_ROWS else batch.start_in_background
+        job = begin(state.job_store(), task, chosen.open())
         draft.update(job=job.id, number=draft["number"] + 1)
     state.supervisor()
     st.rerun()

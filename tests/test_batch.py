@@ -441,7 +441,7 @@ def test_changed_checkpoint_is_refused(store, bench, tmp_path):
 
 
 def test_model_taken_away_fails_the_job_with_a_way_out(store, bench):
-    job = bench.start([[str(i), f"text {i}"] for i in range(300)])
+    job = bench.start([[str(i), f"text {i}"] for i in range(2000)])
     bench.engine.delay = 0.02
 
     def unload():
@@ -453,7 +453,7 @@ def test_model_taken_away_fails_the_job_with_a_way_out(store, bench):
 
     threading.Thread(target=unload, daemon=True).start()
     job = bench.run(job)
-    assert job.state == "failed" and "Resume the job" in job.message and 10 <= job.done < 300
+    assert job.state == "failed" and "Resume the job" in job.message and 10 <= job.done < 2000
 
 
 @pytest.mark.parametrize(("ask", "state"), [("request_pause", "paused"), ("request_cancel", "cancelled")])
@@ -636,3 +636,20 @@ def test_real_engine_answers_a_table_and_batched_equals_single(store, tiny):
         assert results[-1].prompt_tokens <= 160 - 8
     finally:
         engine.host().unload()
+
+
+def test_a_large_table_is_copied_while_its_job_is_on_the_screen(tmp_path):
+    """The job is there at once and counts its rows; a file that breaks off fails it with the reason."""
+    store = JobStore(tmp_path / "jobs.db")
+    job = batch.start_in_background(
+        store, make_task(tmp_path / "tiny"), Table([[str(i), "a"] for i in range(12_000)])
+    )
+    assert job.state == "preparing"
+    deadline = time.monotonic() + 20
+    while store.get(job.id).state == "preparing" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (store.get(job.id).state, store.get(job.id).total) == ("queued", 12_000)
+    empty = batch.start_in_background(store, make_task(tmp_path / "tiny"), Table([]))
+    while store.get(empty.id).state == "preparing" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "has no rows" in store.get(empty.id).message

@@ -111,7 +111,7 @@ def greedy(loaded, *contents, tokens=8):
     ids = tuple(loaded.tokenizer.chat_ids(messages))
     handle = loaded.submit(Request(ids, GenerationSettings(max_new_tokens=tokens)))
     assert handle.wait(30)
-    return handle.text
+    return cli._printable(handle.text)  # random weights say anything
 
 
 # ---- start, usage, errors

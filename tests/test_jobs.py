@@ -519,3 +519,13 @@ def test_million_rows_stream_in_flat_memory_and_pages_stay_cheap(store):
     store.progress(job.id)
     print(f"pages of a million rows: {time.perf_counter() - started:.3f} s, {steps[0]} thousand steps")
     assert steps[0] < 60
+
+
+def test_answers_are_counted_where_they_are_few(store):
+    job = store.create("batch", "labels", {})
+    store.add_rows(job.id, [[str(i)] for i in range(10)])
+    store.mark_ready(job.id)
+    store.save_results(job.id, [Result(i, "ok", prediction="spam" if i % 3 else "normal") for i in range(9)])
+    store.save_results(job.id, [Result(9, "failed", error="no")])
+    assert store.answer_counts(job.id, 12) == [("spam", 6), ("normal", 3)]
+    assert store.answer_counts(job.id, 1) == []

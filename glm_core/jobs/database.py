@@ -17,6 +17,7 @@ from typing import Any, Literal
 from ..errors import GLMError
 from .records import (
     BUSY_S,
+    AnswerCounts,
     Cells,
     Counts,
     Job,
@@ -193,7 +194,9 @@ class JobStore:
             query, values = query + " AND kind = ?", [kind]
         if states is not None:
             query, values = query + f" AND state IN ({_marks(states)})", [*values, *states]
-        rows = self.connection().execute(query + " ORDER BY id DESC LIMIT ?", [*values, str(limit)])
+        rows = self.connection().execute(
+            query + " ORDER BY created DESC, id DESC LIMIT ?", [*values, str(limit)]
+        )
         return [_job(row) for row in rows]
 
     def counts(self, job_id: str) -> Counts:
@@ -273,6 +276,16 @@ class JobStore:
         while page := self.results_page(job_id, offset, batch):
             yield from page
             offset += batch
+
+    def answer_counts(self, job_id: str, most: int) -> AnswerCounts:
+        """How often each answer came, the most frequent first; none where there are more than `most` kinds."""
+        answers = "FROM result WHERE job_id = ?1 AND status = 'ok'"
+        first = f"SELECT COUNT(DISTINCT prediction) FROM (SELECT prediction {answers} LIMIT 2000)"
+        if int(self.connection().execute(first, (job_id,)).fetchone()[0]) > most:
+            return []  # free text: counting a million different answers would take seconds
+        query = f"SELECT prediction, COUNT(*) AS n {answers} GROUP BY prediction ORDER BY n DESC LIMIT ?2"
+        rows = self.connection().execute(query, (job_id, most + 1)).fetchall()
+        return [] if len(rows) > most else [(row["prediction"], row["n"]) for row in rows]
 
     def last_results(self, job_id: str, n: int) -> Results:
         """The n results that were finished last, newest first."""

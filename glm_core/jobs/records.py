@@ -86,6 +86,7 @@ class Progress:
 
 Cells = tuple[str, ...]
 Pending = list[tuple[int, Cells]]
+AnswerCounts = list[tuple[str, int]]
 Page = list[tuple[int, Cells, Result | None]]
 Jobs = list[Job]  # JobStore.list hides the builtin inside the class
 Results = list[Result]

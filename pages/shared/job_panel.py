@@ -27,6 +27,8 @@ def steady() -> None:
 def rows_done(job: Job) -> str:
     """How far a job is: 412 of 1,000 rows."""
     finished = job.done + job.failed
+    if job.state == "preparing":
+        return t(f"{job.total:,} rows copied so far", f"已复制 {job.total:,} 行")
     return t(f"{finished:,} of {job.total:,} rows", f"{finished:,} / {job.total:,} 行")
 
 
@@ -76,7 +78,9 @@ def figures(job: Job) -> None:
         _card(
             t("Finished", "已完成"),
             f"{finished:,}",
-            t(f"of {job.total:,} rows", f"共 {job.total:,} 行"),
+            t(f"of {job.total:,} rows", f"共 {job.total:,} 行")
+            if job.state != "preparing"
+            else rows_done(job),
             "checklist",
         )
         _card(

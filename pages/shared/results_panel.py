@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,13 +103,7 @@ def _table(job: Job) -> None:
 @st.cache_data(max_entries=16, show_spinner="Counting the answers …")
 def _answers(job_id: str, stamp: str) -> list[tuple[str, int]]:
     """The answers with their counts, most frequent first; none where there are more than a chart can hold."""
-    counts: Counter[str] = Counter()
-    for _, _, result in state.job_store().iter_results(job_id):
-        if result is not None and result.status == "ok":
-            counts[result.prediction] += 1
-            if len(counts) > MOST_ANSWERS:
-                return []
-    return counts.most_common()
+    return state.job_store().answer_counts(job_id, MOST_ANSWERS)
 
 
 def _distribution(job: Job, counts: list[tuple[str, int]]) -> None:

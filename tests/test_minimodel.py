@@ -108,7 +108,7 @@ def test_training_lowers_the_loss_and_writes_the_released_layout(tmp_path, monke
     read = corpus.read_jsonl
     monkeypatch.setattr(corpus, "read_comments", lambda name, real=corpus.read_comments: real(name)[:60])
     monkeypatch.setattr(corpus, "read_jsonl", lambda path: read(path)[:60])
-    training.train(tmp_path, epochs=3)
+    training.train(tmp_path, [training.Stage(2, 4096, 1e-3, 4), training.Stage(1, 2048, 1e-3, 2, 0.1, 0.1)])
     losses = [
         float(line.split("loss ")[1].split()[0])
         for line in capsys.readouterr().out.splitlines()

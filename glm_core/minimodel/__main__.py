@@ -18,7 +18,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--folder", type=Path, default=MINI, help="where the checkpoint is (default: data/models/glm-mini)"
     )
-    parser.add_argument("--epochs", type=int, help="passes over the corpus")
     parser.add_argument("--state", type=Path, help="file that lets an interrupted training go on")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="stop after the epoch that ends past this"
@@ -43,7 +42,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.step in ("tokenizer", "all"):
         print(f"tokenizer.model: {training.train_tokenizer(options.folder):,} ids")
     if options.step in ("train", "all"):
-        training.train(options.folder, options.epochs or training.EPOCHS, options.state, options.seconds)
+        training.train(options.folder, state=options.state, seconds=options.seconds)
     if options.step in ("evaluate", "all"):
         evaluation.evaluate(options.folder, options.split, options.list)
 

@@ -85,9 +85,24 @@ class Example:
     weight: float = 1.0
 
 
-def encode(tokenizer: ChatGLM2Tokenizer, example: Example) -> tuple[list[int], int]:
-    """Ids of prompt and answer, and how many of them are the prompt."""
-    prompt = tokenizer.chat_ids(example.messages)
+class SampledTokenizer(ChatGLM2Tokenizer):
+    """The tokenizer with merges left out at random, so that a model sees the same text in many pieces.
+
+    Source: Provilkov et al. 2020, "BPE-Dropout"; sentencepiece has it built in.
+    """
+
+    rate = 0.1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ordinary text, cut differently every time."""
+        return list(self._pieces.encode(text, enable_sampling=True, alpha=self.rate, nbest_size=-1))
+
+
+def encode(
+    tokenizer: ChatGLM2Tokenizer, example: Example, noisy: SampledTokenizer | None = None
+) -> tuple[list[int], int]:
+    """Ids of prompt and answer, and how many of them are the prompt; `noisy` cuts the prompt into pieces."""
+    prompt = (noisy or tokenizer).chat_ids(example.messages)
     return prompt + tokenizer.answer_ids(example.answer), len(prompt)
 
 

@@ -8,14 +8,18 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..models.chatglm2 import ChatGLM2Config, ChatGLM2ForCausalLM, released_config
 from ..settings import DATA, MINI
 from ..tokenizers.chatglm2 import ChatGLM2Tokenizer
 from . import corpus, examples
+
+if TYPE_CHECKING:
+    import torch
 
 VOCABULARY = 6000
 PADDED = 6016  # vocabulary and nine control tokens, rounded up to a multiple of 64
@@ -28,12 +32,29 @@ SHAPE: dict[str, int] = {
     "num_key_value_heads": 2,
     "head_dim": 64,
 }
-EPOCHS = 12
-BATCH_TOKENS = 4096  # padded; about 70 examples
 LEARNING_RATE = 1.5e-3
 LONGEST = 320  # tokens; longer examples are left out
 WARM_UP = 150  # steps
 AVERAGE = 0.99  # the released weights are an exponential average over steps
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: how long, in which batches, at which rate, and with how much noise."""
+
+    epochs: int
+    batch_tokens: int  # padded; 4,096 are about 70 examples
+    rate: float  # of AdamW at the start of the stage
+    horizon: int  # epochs in which the rate would fall to 2 %, along a cosine
+    sampling: float = 0.0  # share of merges that the tokenizer leaves out of a question (BPE dropout)
+    dropout: float = 0.0  # of what each layer adds to the residual stream
+
+
+# First learn the answers quickly; then, with noise and smaller batches, learn not to depend on the exact wording.
+STAGES = (
+    Stage(epochs=8, batch_tokens=4096, rate=LEARNING_RATE, horizon=12),
+    Stage(epochs=9, batch_tokens=2048, rate=9e-4, horizon=9, sampling=0.1, dropout=0.1),
+)
 
 
 def train_tokenizer(folder: Path = MINI) -> int:
@@ -97,7 +118,11 @@ def new_model() -> ChatGLM2ForCausalLM:
 
 
 def batches(
-    tokenizer: ChatGLM2Tokenizer, found: list[examples.Example], generator: random.Random
+    tokenizer: ChatGLM2Tokenizer,
+    found: list[examples.Example],
+    generator: random.Random,
+    batch_tokens: int,
+    noisy: examples.SampledTokenizer | None = None,
 ) -> Iterator[tuple[list[tuple[list[int], int, float]], int]]:
     """Batches of (ids, prompt length, weight) of similar length in random order, and the length to pad to.
 
@@ -106,7 +131,7 @@ def batches(
     """
     encoded: list[tuple[list[int], int, float]] = []
     for example in found:
-        ids, prompt = examples.encode(tokenizer, example)
+        ids, prompt = examples.encode(tokenizer, example, noisy)
         if len(ids) <= LONGEST:
             encoded.append((ids, prompt, example.weight))
     encoded.sort(key=lambda item: -(-len(item[0]) // 8), reverse=True)
@@ -114,7 +139,7 @@ def batches(
     start = 0
     while start < len(encoded):  # longest first: a batch is as long as its first row
         length = -(-len(encoded[start][0]) // 8) * 8
-        rows = max(1, BATCH_TOKENS // length)
+        rows = max(1, batch_tokens // length)
         groups.append((encoded[start : start + rows], length))
         start += rows
     generator.shuffle(groups)
@@ -122,14 +147,18 @@ def batches(
 
 
 def train(
-    folder: Path = MINI, epochs: int = EPOCHS, state: Path | None = None, seconds: float = math.inf
+    folder: Path = MINI,
+    stages: Sequence[Stage] = STAGES,
+    state: Path | None = None,
+    seconds: float = math.inf,
 ) -> None:
     """Train from random weights and write the checkpoint; with `state`, an interrupted run goes on from there."""
+    import sentencepiece
     import torch
-    import torch.nn.functional as F
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = ChatGLM2Tokenizer(folder / "tokenizer.model")
+    noisy = examples.SampledTokenizer(folder / "tokenizer.model")
     comments = corpus.read_comments("train")
     dialogue = corpus.read_jsonl(DATA / "dialogue" / "train.jsonl")
     adverts = corpus.read_jsonl(DATA / "adverts" / "train.jsonl")
@@ -141,12 +170,6 @@ def train(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         lr=LEARNING_RATE, betas=(0.9, 0.98), fused=True,
     )  # fmt: skip
-    generator = random.Random(corpus.SEED)
-    per_epoch = sum(
-        1
-        for _ in batches(tokenizer, examples.epoch(dialogue, comments, adverts, random.Random(0)), generator)
-    )
-    total = per_epoch * epochs
     step, first, started = 0, 0, time.monotonic()
     if state is not None and state.is_file():
         saved = torch.load(state, weights_only=True)
@@ -154,32 +177,29 @@ def train(
         average = saved["average"]
         optimizer.load_state_dict(saved["optimizer"])
         step, first = saved["step"], saved["epoch"]
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {total} steps on {device}", flush=True)
-    for epoch in range(first, epochs):
-        generator = random.Random(corpus.SEED + epoch)  # the same epoch again after a restart
+    epochs = [(stage, epoch) for stage in stages for epoch in range(stage.epochs)]
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(epochs)} epochs on {device}",
+        flush=True,
+    )
+    for number, (stage, of_stage) in enumerate(epochs):
+        if number < first:
+            continue
+        # The same epoch again after a restart.
+        generator = random.Random(corpus.SEED + number)
+        sentencepiece.set_random_generator_seed(corpus.SEED + number)
+        torch.manual_seed(corpus.SEED + number)
         found = examples.epoch(dialogue, comments, adverts, generator)
+        noisy.rate = stage.sampling
+        cut = noisy if stage.sampling else None
+        hooks = [] if not stage.dropout else _add_dropout(model, stage.dropout)
+        groups = list(batches(tokenizer, found, generator, stage.batch_tokens, cut))
         losses, tokens, since = [], 0, time.monotonic()
-        for group, longest in batches(tokenizer, found, generator):
-            rate = LEARNING_RATE * min(1.0, (step + 1) / WARM_UP) * _cosine(step / total)
+        for batch, (group, longest) in enumerate(groups):
+            share = (of_stage * len(groups) + batch) / (stage.horizon * len(groups))
             for parameters in optimizer.param_groups:
-                parameters["lr"] = rate
-            ids = torch.zeros(len(group), longest, dtype=torch.long)
-            labels = torch.full((len(group), longest), -100)
-            weights = torch.zeros(len(group), longest)
-            for row, (own, prompt, weight) in enumerate(group):
-                ids[row, : len(own)] = torch.tensor(own)
-                labels[row, prompt : len(own)] = torch.tensor(own[prompt:])
-                weights[row, prompt : len(own)] = weight
-            ids, labels, weights = ids.to(device), labels[:, 1:].to(device), weights[:, 1:].to(device)
-            counted = labels != -100  # only answers are learned, so the head is computed for them alone
-            with torch.autocast(device, torch.bfloat16):
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][counted]
-                # padded to a multiple of 512, again for the sake of few shapes
-                logits = model.lm_head(F.pad(hidden, (0, 0, 0, -len(hidden) % 512)))[: len(hidden)].float()
-            own_weights = weights[counted]
-            loss = (
-                F.cross_entropy(logits, labels[counted], reduction="none") * own_weights
-            ).sum() / own_weights.sum()
+                parameters["lr"] = stage.rate * min(1.0, (step + 1) / WARM_UP) * _cosine(share)
+            loss = _loss(model, group, longest, device)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -189,22 +209,61 @@ def train(
             for name, value in model.state_dict().items():
                 average[name].lerp_(value, 1 - keep)
             losses.append(float(loss.detach()))
-            tokens += ids.numel()
+            tokens += len(group) * longest
+        for hook in hooks:
+            hook.remove()
         speed = tokens / (time.monotonic() - since)
         minutes = (time.monotonic() - started) / 60
         print(
-            f"epoch {epoch + 1}/{epochs}  loss {sum(losses) / len(losses):.4f}  {speed:,.0f} tokens/s  {minutes:.1f} min",
+            f"epoch {number + 1}/{len(epochs)}  loss {sum(losses) / len(losses):.4f}  {speed:,.0f} tokens/s  "
+            f"{minutes:.1f} min",
             flush=True,
         )
         if state is not None:
             torch.save(
                 {"model": model.state_dict(), "average": average, "optimizer": optimizer.state_dict(),
-                 "step": step, "epoch": epoch + 1},
+                 "step": step, "epoch": number + 1},
                 state,
             )  # fmt: skip
         if minutes * 60 > seconds:
             break
     save(average, model.config, folder)
+
+
+def _loss(
+    model: ChatGLM2ForCausalLM, group: list[tuple[list[int], int, float]], longest: int, device: str
+) -> torch.Tensor:
+    """Weighted mean cross entropy of the answers of a batch; prompts and padding do not count."""
+    import torch
+    import torch.nn.functional as F
+
+    ids = torch.zeros(len(group), longest, dtype=torch.long)
+    labels = torch.full((len(group), longest), -100)
+    weights = torch.zeros(len(group), longest)
+    for row, (own, prompt, weight) in enumerate(group):
+        ids[row, : len(own)] = torch.tensor(own)
+        labels[row, prompt : len(own)] = torch.tensor(own[prompt:])
+        weights[row, prompt : len(own)] = weight
+    ids, labels, weights = ids.to(device), labels[:, 1:].to(device), weights[:, 1:].to(device)
+    counted = labels != -100  # only answers are learned, so the head is computed for them alone
+    with torch.autocast(device, torch.bfloat16):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][counted]
+        # padded to a multiple of 512, for the sake of few shapes
+        logits = model.lm_head(F.pad(hidden, (0, 0, 0, -len(hidden) % 512)))[: len(hidden)].float()
+    own_weights = weights[counted]
+    each = F.cross_entropy(logits, labels[counted], reduction="none")
+    return (each * own_weights).sum() / own_weights.sum()
+
+
+def _add_dropout(model: ChatGLM2ForCausalLM, rate: float) -> list[Any]:
+    """Drop a share of what attention and MLP add to the residual stream; returns the hooks that do it."""
+    import torch.nn.functional as F
+
+    return [
+        linear.register_forward_hook(lambda module, inputs, output: F.dropout(output, rate))
+        for layer in model.model.layers
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
+    ]
 
 
 def _cosine(share: float) -> float:

@@ -35,6 +35,7 @@ COMMIT_ROWS = 64
 COMMIT_S = 0.5
 REMEMBERED_ANSWERS = 4096
 TRIAL_ROWS = 5
+FAILURES = 200  # in a row: the engine is broken, not the table
 PACKAGES = ("torch", "transformers", "sentencepiece")
 DUPLICATES = "Rows with the same prompt were generated once and share the answer; the copies have 0 seconds."
 
@@ -450,6 +451,7 @@ class _Run:
         self.committed = time.monotonic()
         self.wake = threading.Event()
         self.noted: set[str] = set()
+        self.failures = 0  # rows in a row that the engine could not answer
 
     def run(self) -> None:
         """Until no row is left, or until told to stop; what is finished is committed either way."""
@@ -551,6 +553,13 @@ class _Run:
                 )
             result = _result(work.idx, handle, work.prompt.truncated)
             self._keep(result)
+            self.failures = 0 if result.status == "ok" else self.failures + 1
+            if self.failures >= FAILURES:
+                self._commit(all_of_it=True)
+                raise GLMError(
+                    f"{self.failures} rows in a row failed, the last one with: {result.error}",
+                    "Load the model again, then resume the job and retry the failed rows.",
+                )
             for idx, truncated in work.copies:
                 self._keep(replace(result, idx=idx, truncated=truncated, seconds=0.0), copy=True)
             for note in handle.notes:

@@ -111,9 +111,22 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def inspect(folder: Path) -> CheckpointInfo:
-    """Family, size, precision and what is wrong with a checkpoint folder; opens headers, never weights."""
+    """Family, size, precision and what is wrong with a checkpoint folder; opens headers, never weights.
+
+    GLMError where the folder is no checkpoint, or so damaged that not even this can be said.
+    """
     folder = Path(folder).resolve()
     config = read_config(folder)
+    try:
+        return _inspect(folder, config)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise GLMError(
+            f"The files in {folder} are damaged ({type(error).__name__}: {str(error)[:200]}).",
+            "Copy the checkpoint again from its source.",
+        ) from error
+
+
+def _inspect(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
     model_type = str(config.get("model_type", "unknown"))
     problems: list[str] = []
     family, generation = model_type, ""
@@ -391,9 +404,9 @@ def defaults(folder: Path) -> dict[str, Any]:
             stored = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             return chosen
-        chosen |= {
-            key: stored[key] for key in ("temperature", "top_p", "top_k", "max_new_tokens") if key in stored
-        }
+        for key in chosen:
+            if isinstance(stored.get(key), int | float) and not isinstance(stored[key], bool):
+                chosen[key] = stored[key]
         if stored.get("do_sample") is False:
             chosen["temperature"] = 0.0
     return chosen

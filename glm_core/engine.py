@@ -39,6 +39,8 @@ CHAT_ROWS = 16
 CHAT_STEPS_PER_BATCH_ROUND = 3  # while somebody chats, batch work gets every fourth round
 FORWARD_SECONDS = 0.25  # no forward should keep a chat request waiting longer
 KEPT_HANDLES = 256
+MAX_SEED = 1 << 62  # torch takes 64 bits; a row's number is added to the seed of a job
+AGAIN = "started again in a smaller batch, memory had run out"
 
 
 class EngineBusy(GLMError):
@@ -71,6 +73,10 @@ class GenerationSettings:
         for name, value, low, high in ranges:
             if not low <= value <= high:
                 raise GLMError(f"{name} is {value}.", f"Choose a value from {low:g} to {high:g}.")
+        if 0 < self.temperature < 1e-3:
+            raise GLMError(f"temperature is {self.temperature}.", "Choose 0 (greedy), or 0.001 and more.")
+        if self.seed is not None and not 0 <= self.seed < MAX_SEED:
+            raise GLMError(f"seed is {self.seed}.", f"Choose a whole number from 0 to {MAX_SEED - 1:,}.")
         if any(not text for text in self.stop):
             raise GLMError("A stop text is empty.", "Remove it.")
 
@@ -114,6 +120,7 @@ class Handle:
         self.ended: float | None = None
         self._engine = engine
         self._cancelled = False
+        self._failed: GLMError | None = None
         self._generator: torch.Generator | None = None
         self._text: tuple[int, bool, str] = (-1, False, "")
         self._changed = threading.Event()
@@ -247,6 +254,15 @@ class KVCache:
                 theirs[layer] = grown
         return cache
 
+    def row(self, index: int, columns: Tensor) -> KVCache:
+        """A copy of one row, of the given columns in their order."""
+        cache = KVCache(len(self.keys))
+        cache.length, cache.room = len(columns), 0
+        for mine, theirs in ((self.keys, cache.keys), (self.values, cache.values)):
+            for layer, tensor in enumerate(mine):
+                theirs[layer] = tensor[index : index + 1].index_select(2, columns)
+        return cache
+
     @staticmethod
     def stacked(first: KVCache, second: KVCache, room: int = 32) -> KVCache:
         """The rows of both, right-aligned to the longer one; the columns in front are zero and must be masked."""
@@ -267,11 +283,8 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
+        self.nbytes = 0  # a number, so that any thread may read it
         self.entries: OrderedDict[tuple[int, ...], KVCache] = OrderedDict()
-
-    @property
-    def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self.entries.values())
 
     def longest(self, ids: Sequence[int]) -> tuple[int, KVCache | None]:
         """The entry that shares the longest head with the ids, and how many ids it shares."""
@@ -292,8 +305,14 @@ class PrefixCache:
         for key in [key for key in self.entries if len(key) <= len(ids) and ids[: len(key)] == key]:
             del self.entries[key]
         self.entries[ids] = cache
+        self.nbytes = sum(entry.nbytes for entry in self.entries.values())
         while self.nbytes > self.max_bytes:
-            self.entries.popitem(last=False)
+            self.nbytes -= self.entries.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        """Drop every entry."""
+        self.entries.clear()
+        self.nbytes = 0
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -394,7 +413,8 @@ class Engine:
         self.layers = int(config.num_hidden_layers)
         element = next(loaded.model.parameters()).element_size()
         self.bytes_per_token = 2 * self.layers * config.num_key_value_heads * config.head_dim * element
-        self.max_rows = max_rows or self._room_for_rows()
+        # At most this many rows at a time; halved when memory runs out.
+        self.limits: dict[Priority, int] = {"chat": CHAT_ROWS, "batch": max_rows or self._room_for_rows()}
         self.prefixes = PrefixCache(max(16 << 20, min(loaded.weight_bytes // 10, 1 << 30)))
         self.notes: tuple[str, ...] = ()
         self.exact: SelfTest | None = None
@@ -408,6 +428,11 @@ class Engine:
         self._chat_steps = 0
         self._thread = threading.Thread(target=self._run, name="glm-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def max_rows(self) -> int:
+        """Batch rows computed together."""
+        return self.limits["batch"]
 
     # ---- what callers use ------------------------------------------------------------------------------------
 
@@ -546,37 +571,40 @@ class Engine:
     def _run(self) -> None:
         import torch
 
-        with torch.inference_mode():
-            while True:
-                with self._condition:
-                    while not (
-                        self._closing
-                        or self._tasks
-                        or any(self._queues.values())
-                        or any(map(len, self._rows.values()))
-                    ):
-                        self._condition.wait(timeout=1.0)
-                    if self._closing:
-                        break
-                    task = self._tasks.popleft() if self._tasks else None
-                if task is not None:
-                    task()
-                try:
-                    self._round()
-                except (
-                    Exception
-                ) as error:  # the thread must outlive a mistake, or every caller waits for ever
-                    for priority in self._rows:
-                        self._recover(priority, [], error)
-        for handle in [*self._all_rows(), *self._queues["chat"], *self._queues["batch"]]:
-            handle._finish("cancelled", "cancelled")
-        self._rows = {"chat": Rows(), "batch": Rows()}
-        for queue in self._queues.values():
-            queue.clear()
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    try:
+                        if self._tasks:
+                            self._tasks.popleft()()
+                        self._round()
+                    except (
+                        Exception
+                    ) as error:  # the thread must outlive a mistake, or every caller waits for ever
+                        for priority in self._rows:
+                            self._recover(priority, [], error)
+        finally:
+            with self._condition:
+                self._closing = True
+                left = [*self._all_rows(), *self._queues["chat"], *self._queues["batch"]]
+                tasks, self._tasks = list(self._tasks), deque()
+                for queue in self._queues.values():
+                    queue.clear()
+            self._rows = {"chat": Rows(), "batch": Rows()}
+            self.prefixes.clear()
+            for handle in left:
+                handle._finish("cancelled", "cancelled")
+            for task in tasks:
+                task()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False once the engine is closed."""
         with self._condition:
-            tasks, self._tasks = list(self._tasks), deque()
-        for task in tasks:
-            task()
+            while not self._closing:
+                if self._tasks or any(self._queues.values()) or any(map(len, self._rows.values())):
+                    return True
+                self._condition.wait(timeout=1.0)
+        return False
 
     def _all_rows(self) -> list[Handle]:
         return [*self._rows["chat"].handles, *self._rows["batch"].handles]
@@ -597,8 +625,8 @@ class Engine:
                 self._rows[priority].add(self._prefill(joining))
                 self._settle(priority)
                 joining = []
-                if priority == "batch" and self._queues["chat"]:
-                    break
+                if priority == "batch" and (self._queues["chat"] or len(self._rows["chat"])):
+                    break  # nobody who chats waits for more than one prefill
             if len(self._rows[priority]):
                 self._step(priority)
                 self._settle(priority)
@@ -608,7 +636,7 @@ class Engine:
     def _next_group(self, priority: Priority) -> list[Handle]:
         """The queued requests to start together: one prefix, similar lengths, as many as there is room for."""
         queue, running = self._queues[priority], self._rows[priority]
-        limit = CHAT_ROWS if priority == "chat" else self.max_rows
+        limit = self.limits[priority]
         free = limit - len(running)
         if not queue or free <= 0 or (len(running) and priority == "batch" and free < limit // 4):
             return []  # joining one by one would make every prefill small
@@ -750,7 +778,12 @@ class Engine:
                 if handle._generator is None and settings.temperature > 0:
                     handle._generator = _generator(settings.seed)
                 seen = [*handle.request.prompt_ids, *handle.ids]
-                tokens[row] = choose(logits[row], settings, seen, handle._generator)
+                try:
+                    tokens[row] = choose(logits[row], settings, seen, handle._generator)
+                except (
+                    RuntimeError
+                ) as error:  # numbers that cannot be sampled from end this row, not its neighbours
+                    handle._failed = _failure(error)
         now = time.monotonic()
         for handle, token in zip(handles, tokens.tolist(), strict=True):
             handle.ids.append(token)
@@ -774,10 +807,15 @@ class Engine:
             self._remember(rows, [i for i in range(len(rows)) if i not in kept])
         rows.keep(kept)
         for handle, reason in ended:
-            handle._finish("done", reason)
+            if handle._failed is not None:
+                handle._finish("failed", "error", handle._failed)
+            else:
+                handle._finish("done", reason)
 
     def _end_reason(self, handle: Handle) -> str:
         settings = handle.request.settings
+        if handle._failed is not None:
+            return "error"
         if handle.ids and handle.ids[-1] in self.tokenizer.stop_ids:
             return "stop"
         if settings.stop:
@@ -790,17 +828,16 @@ class Engine:
 
     def _remember(self, rows: Rows, ended: list[int]) -> None:
         """Keep the cache of a finished chat turn: the next turn of that conversation starts with it."""
-        import torch
-
         assert rows.cache is not None and rows.real is not None
         for index in ended:
             handle = rows.handles[index]
             ids = (*handle.request.prompt_ids, *handle.ids)[:-1]  # the last token was never fed
             if len(ids) * self.bytes_per_token > self.prefixes.max_bytes // 2:
                 continue
-            start = rows.cache.length - int(rows.real[index].sum())
-            one = torch.tensor([index], device=self.device)
-            self.prefixes.put(ids, rows.cache.select(one, start, room=0))
+            # A row that began with a shared head has its padding between that head and its own text.
+            columns = rows.real[index].nonzero()[:, 0]
+            if len(columns) == len(ids):
+                self.prefixes.put(ids, rows.cache.row(index, columns))
 
     def _drop_cancelled(self) -> None:
         gone: list[Handle] = []
@@ -811,11 +848,12 @@ class Engine:
                     queue.remove(handle)
                 gone += dropped
         for rows in self._rows.values():
-            if any(handle._cancelled for handle in rows.handles):
-                gone += [handle for handle in rows.handles if handle._cancelled]
-                rows.keep([i for i, handle in enumerate(rows.handles) if not handle._cancelled])
+            gone += [handle for handle in rows.handles if handle._cancelled]
         for handle in gone:
             handle._finish("cancelled", "cancelled")
+        for rows in self._rows.values():
+            if any(handle._cancelled for handle in rows.handles):
+                rows.keep([i for i, handle in enumerate(rows.handles) if not handle._cancelled])
 
     def _recover(self, priority: Priority, joining: list[Handle], error: Exception) -> None:
         """After an exception: out of memory starts the rows again in smaller company, anything else fails them."""
@@ -824,30 +862,35 @@ class Engine:
         del rows
         if not out_of_memory(error):
             log.error("generation failed", exc_info=error)
-            problem = GLMError(
-                f"Generation failed: {type(error).__name__}: {str(error)[:300]}.", "Try again; see the log."
-            )
             for handle in handles:
-                handle._finish("failed", "error", problem)
+                handle._finish("failed", "error", _failure(error))
             return
         del error
-        self.prefixes.entries.clear()
+        self.prefixes.clear()
         _free_memory()
+        for handle in handles:  # it may have happened after the last token of a row was chosen
+            if handle.ids and (reason := self._end_reason(handle)):
+                handle._finish("done", reason)
+        handles = [handle for handle in handles if not handle.done]
         if len(handles) > 1:
-            self.max_rows = max(1, min(self.max_rows, len(handles)) // 2)
-            self.notes = (*self.notes[-4:], f"Memory ran out: now {self.max_rows} rows at a time.")
-            with self._condition:
-                self._queues[priority].extendleft(reversed(handles))
+            limit = self.limits[priority] = max(1, min(self.limits[priority], len(handles)) // 2)
+            self.notes = (*self.notes[-4:], f"Memory ran out: now {limit} rows at a time.")
             for handle in handles:
                 handle.state = "queued"
-                handle.notes = (*handle.notes, "started again in a smaller batch, memory had run out")
+                if AGAIN not in handle.notes:
+                    handle.notes = (*handle.notes, AGAIN)
+            with self._condition:
+                self._queues[priority].extendleft(reversed(handles))
             return
-        problem = GLMError(
-            f"Memory ran out on a prompt of {handles[0].n_prompt if handles else 0} tokens.",
-            "Shorten the text or the history, close other programs, or load the model in a lower precision.",
-        )
         for handle in handles:
-            handle._finish("failed", "error", problem)
+            handle._finish(
+                "failed",
+                "error",
+                GLMError(
+                    f"Memory ran out on a prompt of {handle.n_prompt} tokens.",
+                    "Shorten the text or the history, close other programs, or load the model in a lower precision.",
+                ),
+            )
 
     # ---- scoring and the reference path ----------------------------------------------------------------------
 
@@ -1017,12 +1060,19 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _failure(error: Exception) -> GLMError:
+    return GLMError(
+        f"Generation failed: {type(error).__name__}: {str(error)[:300]}.", "Try again; see the log."
+    )
+
+
 def _free_memory() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    with contextlib.suppress(Exception):  # after a device error even this fails
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -1046,7 +1096,6 @@ class EngineHost:
         self.state: Literal["empty", "loading", "ready", "failed"] = "empty"
         self.error: GLMError | None = None
         self.loading_name = ""
-        self._wanted: tuple[str, ...] = ()
         self._before: int | None = None
         self._after: int | None = None
         self._lock = threading.RLock()
@@ -1067,21 +1116,24 @@ class EngineHost:
             self._unload()
             self.state, self.loading_name, self.error = "loading", folder.name, None
             self._before = _process_bytes()
+            problem: GLMError | None = None
             try:
                 loaded = checkpoints.load(folder, precision, device, generation)
                 engine = Engine(loaded)
             except GLMError as error:
-                self.state, self.error = "failed", error
-                raise
+                problem = GLMError(error.message, error.todo)
             except Exception as error:
                 log.exception("loading failed")
-                self.state = "failed"
-                self.error = GLMError(
+                problem = GLMError(
                     f"{folder.name} did not load: {type(error).__name__}: {str(error)[:200]}.",
-                    "See the log for details.",
+                    "See the log; `python -m glm_core doctor` says whether something is missing.",
                 )
-                raise self.error from error
-            self._wanted = (str(folder), generation or "")
+            if (
+                problem is not None
+            ):  # raised out here: the first error's traceback would keep the weights in memory
+                self.state, self.error = "failed", problem
+                _free_memory()
+                raise problem
             self._after = _process_bytes()
             self.current, self.state = engine, "ready"
         if loaded.weight_bytes < 500 << 20:  # a second at most; larger models are tested on request

@@ -13,7 +13,7 @@ from streamlit_chat import message
 from glm_core.chat import default_settings, strip_remote_images
 from glm_core.errors import GLMError
 from pages.shared import avatars, page, panels, state
-from pages.shared.text import plain, t
+from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
     from glm_core.chat import Conversation, ConversationStore, Turn
@@ -497,13 +497,13 @@ def how_it_went(turn: Turn, details: bool) -> None:
                 help=t("Raise the longest answer in the settings.", "可在设置中调大“最长回答”。"),
             )
         if turn.error:
-            st.caption(plain(turn.error))
+            st.caption(plain(said(turn.error)))
         if details and turn.tokens:
             st.caption(
                 " · ".join([*speed(turn.tokens, turn.tokens_per_second, turn.ttft), plain(turn.model)])
             )
         for note in turn.notes:
-            st.caption(plain(note))
+            st.caption(plain(said(note)))
 
 
 def speed(tokens: int, per_second: float, first: float | None) -> list[str]:
@@ -602,7 +602,7 @@ def meter(store: ConversationStore, found: Conversation | None, engine: Engine |
         try:
             used, dropped = context_use(store, found, engine)
         except GLMError as error:
-            st.caption(f":orange[{plain(str(error))}]")
+            st.caption(f":orange[{plain(said(str(error)))}]")
             return
         text = t(
             f"context {used:,} / {engine.context:,} tokens", f"上下文 {used:,} / {engine.context:,} 词元"

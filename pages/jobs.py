@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from pages.shared import job_panel, page, panels, state
-from pages.shared.text import plain, t
+from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
     from glm_core.jobs import Job
@@ -82,7 +82,7 @@ def card(job: Job, asked: bool) -> None:
             job_panel.bar(job)
         st.caption(" · ".join(facts(job)))
         if job.message and job.state != "done":
-            st.caption(f":orange[:material/info:] {plain(job.message)}")
+            st.caption(f":orange[:material/info:] {plain(said(job.message))}")
 
 
 def facts(job: Job) -> list[str]:

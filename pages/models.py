@@ -11,7 +11,7 @@ import streamlit as st
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
 from pages.shared import page, panels, pickers, state
-from pages.shared.text import plain, t
+from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
     from glm_core.checkpoints import CheckpointInfo
@@ -64,7 +64,7 @@ def in_memory() -> None:
         if state.testing().busy:
             comparing = t("Comparing batched with single …", "正在比较批量与单条……")
             st.caption(f":material/progress_activity: {comparing}")
-        for text in (*state.session("models_said", []), plain(state.testing().said)):
+        for text in (*state.session("models_said", []), plain(said(state.testing().said))):
             if text:
                 st.caption(f":material/info: {text}")
         if error := state.session("models_problem") or state.testing().error or state.model_error():
@@ -133,7 +133,7 @@ def loaded_facts(engine: Engine) -> None:
                 ),
             )
     for note in status.notes:
-        st.caption(f":material/info: {plain(note)}")
+        st.caption(f":material/info: {plain(said(note))}")
 
 
 def fact(label: str, value: str, detail: str, icon: str, explained: str | None = None) -> None:
@@ -160,8 +160,8 @@ def unload() -> None:
     else:
         now = panels.format_bytes(state.engine_host().memory().process_bytes)
         was = panels.format_bytes(before)
-        said = t(f"Unloaded: the process held {was}, now {now}.", f"已卸载：进程内存由 {was} 变为 {now}。")
-        state.session_set("models_said", [said])
+        freed = t(f"Unloaded: the process held {was}, now {now}.", f"已卸载：进程内存由 {was} 变为 {now}。")
+        state.session_set("models_said", [freed])
     st.rerun()
 
 
@@ -261,7 +261,7 @@ def checkpoint_card(info: CheckpointInfo) -> None:
         if facts := checkpoint_facts(info):
             st.markdown(facts)
         for one in info.problems:
-            st.markdown(f":orange[:material/warning:] {plain(one)}")
+            st.markdown(f":orange[:material/warning:] {plain(said(one))}")
         st.caption(f":material/folder: {plain(str(info.path))}")
 
 

@@ -178,3 +178,33 @@ def test_the_embedded_model_is_within_its_size():
     assert info.loadable and info.family == "ChatGLM3" and info.dtype == "BF16"
     assert 9_000_000 < info.parameters < 21_000_000
     assert sum(file.stat().st_size for file in MINI.iterdir()) < 40_000_000
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("model.safetensors.index.json", "[]"),
+        ("model.safetensors.index.json", '{"weight_map": []}'),
+        ("config.json", '{"model_type": "chatglm", "padded_vocab_size": 1, "num_layers": "x"}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": [1, 2]}'),
+    ],
+)
+def test_one_damaged_folder_does_not_hide_the_others(folder, tiny_checkpoint, file, text):
+    if "index" in file:
+        (folder / "model.safetensors").unlink()
+    (folder / file).write_text(text)
+    shutil.copytree(tiny_checkpoint, folder.parent / "good")
+    found = {info.name: info for info in checkpoints.find([folder.parent])}
+    assert found["good"].loadable and not found["copy"].loadable
+    with pytest.raises(GLMError):
+        checkpoints.load(folder, "fp32", "cpu")
+
+
+def test_a_default_that_is_no_number_is_left_out(folder):
+    (folder / "generation_config.json").write_text('{"temperature": null, "top_k": "many", "top_p": 0.5}')
+    assert checkpoints.defaults(folder) == {
+        "temperature": 0.8,
+        "top_p": 0.5,
+        "top_k": 50,
+        "max_new_tokens": 512,
+    }

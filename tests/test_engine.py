@@ -392,3 +392,88 @@ def test_a_mistake_in_the_scheduler_does_not_end_it(engine, monkeypatch):
     monkeypatch.undo()
     assert first.wait(10)
     assert engine.submit(Request(prompt(engine, "hi"), GenerationSettings(max_new_tokens=2))).wait(10)
+
+
+def test_rows_of_different_length_behind_a_shared_head_leave_a_right_cache(engine):
+    """Padding lies between head and text; what is remembered of such rows must not contain it."""
+    head = "评论分类，请只回答一个词：" * 3
+    prompts = [prompt(engine, head + text) for text in TEXTS]
+    shared = engine_module._common(prompts[0], prompts[1])
+    settings = GenerationSettings(max_new_tokens=6)
+    gate = threading.Event()
+    real, engine._round = engine._round, lambda: gate.wait(10)  # so that the five start as one group
+    handles = [engine.submit(Request(p, settings, "chat", shared)) for p in prompts]
+    engine._round = real
+    gate.set()
+    [handle.wait(60) for handle in handles]
+    again = engine.submit_many([Request(p, settings, "batch", shared) for p in prompts])
+    [handle.wait(60) for handle in again]
+    expected = [alone(engine, Request(p, settings)) for p in prompts]
+    assert [h.ids for h in handles] == expected
+    assert [h.ids for h in again] == expected
+
+
+def test_chats_that_meet_a_full_memory_are_answered_one_after_the_other(engine, monkeypatch):
+    forward = engine._forward_all
+
+    def limited(cache, ids, positions, real, keep):
+        if ids.shape[0] > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(cache, ids, positions, real, keep)
+
+    monkeypatch.setattr(engine, "_forward_all", limited)
+    before = engine.max_rows
+    requests = [Request(prompt(engine, text), GenerationSettings(max_new_tokens=5)) for text in TEXTS]
+    handles = [engine.submit(request) for request in requests]
+    assert all(handle.wait(60) for handle in handles)
+    monkeypatch.undo()
+    assert [handle.ids for handle in handles] == [alone(engine, request) for request in requests]
+    assert engine.max_rows == before and all(len(handle.notes) <= 1 for handle in handles)
+
+
+def test_a_row_that_had_ended_when_memory_ran_out_is_not_continued(engine, monkeypatch):
+    monkeypatch.setattr(
+        engine, "_settle", lambda priority: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory"))
+    )
+    handle = engine.submit(Request(prompt(engine, "你好"), GenerationSettings(max_new_tokens=1), "batch"))
+    assert handle.wait(20)
+    assert handle.state == "done" and handle.n_tokens == 1
+
+
+def test_a_row_that_cannot_be_sampled_does_not_take_its_neighbours_along(engine, monkeypatch):
+    real = engine_module.choose
+
+    def broken(logits, settings, seen, generator):
+        if settings.seed == 13:
+            raise RuntimeError("probability tensor contains nan")
+        return real(logits, settings, seen, generator)
+
+    monkeypatch.setattr(engine_module, "choose", broken)
+    bad = GenerationSettings(max_new_tokens=5, temperature=0.8, seed=13)
+    good = GenerationSettings(max_new_tokens=5, temperature=0.8, seed=1)
+    handles = engine.submit_many([Request(prompt(engine, "你好"), s, "batch") for s in (good, bad, good)])
+    assert all(handle.wait(30) for handle in handles)
+    assert [handle.state for handle in handles] == ["done", "failed", "done"]
+
+
+@pytest.mark.parametrize("settings", [{"seed": 1 << 63}, {"seed": -1}, {"temperature": 1e-30, "top_p": 0.5}])
+def test_values_that_no_sampler_takes_are_refused_before_they_run(engine, settings):
+    with pytest.raises(GLMError):
+        engine.submit(Request(prompt(engine, "hi"), GenerationSettings(**settings)))
+
+
+def test_a_load_that_fails_keeps_no_weights(tiny_checkpoint, monkeypatch):
+    from glm_core import checkpoints
+
+    seen = []
+
+    def refuse(model, tokenizer, folder):
+        seen.append(weakref.ref(model.lm_head.weight))
+        raise GLMError("not finite")
+
+    monkeypatch.setattr(checkpoints, "_self_check", refuse)
+    host = EngineHost()
+    with pytest.raises(GLMError, match="not finite"):
+        host.use(tiny_checkpoint)
+    gc.collect()
+    assert host.state == "failed" and host.error and seen[0]() is None

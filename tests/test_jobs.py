@@ -529,3 +529,25 @@ def test_answers_are_counted_where_they_are_few(store):
     store.save_results(job.id, [Result(9, "failed", error="no")])
     assert store.answer_counts(job.id, 12) == [("spam", 6), ("normal", 3)]
     assert store.answer_counts(job.id, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("ended", "asked", "later", "expected"),
+    [
+        ("paused", "pause", "request_cancel", "cancelled"),
+        ("queued", "exit", "request_cancel", "cancelled"),
+        ("paused", "pause", "", "paused"),
+        ("done", "", "request_cancel", "done"),
+    ],
+)
+def test_what_is_asked_while_a_run_ends_still_counts(store, ended, asked, later, expected):
+    job = store.create("batch", "x", {})
+    store.add_rows(job.id, [["1"]])
+    store.mark_ready(job.id)
+    claimed = store.claim(("batch",), "me")
+    if asked == "pause":
+        store.request_pause(job.id)
+    if later:
+        getattr(store, later)(job.id)
+    store.release(claimed.id, "me", ended, asked=asked)
+    assert store.get(job.id).state == expected

@@ -407,15 +407,30 @@ class JobStore:
         self._change(f"UPDATE job SET {TICK} WHERE id = :id AND owner = :owner AND state = 'running'",
                      {"id": job_id, "owner": owner, "now": time.time()})  # fmt: skip
 
-    def release(self, job_id: str, owner: str, state: str, message: str = "") -> bool:
-        """End `owner`'s run of a job in this state; False if the job is no longer its own."""
+    def release(self, job_id: str, owner: str, state: str, message: str = "", asked: str = "") -> bool:
+        """End `owner`'s run of a job in this state; False if the job is no longer its own.
+
+        asked   the request the run ended for; one that came while it ended counts more: a cancel ends the job,
+                a resume queues it again
+        """
         now = time.time()
-        values = {"id": job_id, "owner": owner, "state": state, "message": message, "now": now}
-        values["finished"] = now if state in ("done", "failed", "cancelled") else None
+        values = {
+            "id": job_id,
+            "owner": owner,
+            "state": state,
+            "message": message,
+            "now": now,
+            "asked": asked,
+        }
+        final = (
+            "CASE WHEN :state IN ('paused', 'queued') AND stop_request = 'cancel' THEN 'cancelled' "
+            "WHEN :state = 'paused' AND :asked = 'pause' AND stop_request = '' THEN 'queued' ELSE :state END"
+        )
         return bool(
             self._change(
-                f"UPDATE job SET {TICK}, state = :state, message = :message, finished = :finished, "
-                "stop_request = '', owner = '' WHERE id = :id AND owner = :owner AND state = 'running'",
+                f"UPDATE job SET {TICK}, state = {final}, message = :message, stop_request = '', owner = '', "
+                f"finished = CASE WHEN {final} IN ('done', 'failed', 'cancelled') THEN :now END "
+                "WHERE id = :id AND owner = :owner AND state = 'running'",
                 values,
             )
         )

@@ -140,14 +140,14 @@ class Supervisor:
                 state = "paused" if message else "failed"
                 message = message or self._log(job.id, error)
         if state:
-            self._release(job, state, message)
+            self._release(job, state, message, signal.reason())
         with self._lock:
             self.current = self._signal = None
 
-    def _release(self, job: Job, state: str, message: str) -> None:
+    def _release(self, job: Job, state: str, message: str, asked: str) -> None:
         while True:
             try:
-                self.store.release(job.id, job.owner, state, message)
+                self.store.release(job.id, job.owner, state, message, asked)
                 self.problem = ""
                 return
             except sqlite3.Error as error:

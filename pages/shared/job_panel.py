@@ -9,7 +9,7 @@ import streamlit as st
 
 from glm_core.errors import GLMError
 from pages.shared import panels, state, table_input
-from pages.shared.text import plain, t
+from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
     from glm_core.jobs import Job
@@ -109,11 +109,11 @@ def _card(label: str, value: str, detail: str, icon: str) -> None:
 def message(job: Job) -> None:
     """What the job says about itself, and what was noticed while it ran."""
     if job.message and job.state in STOPPED:
-        (st.error if job.state == "failed" else st.warning)(plain(job.message))
+        (st.error if job.state == "failed" else st.warning)(plain(said(job.message)))
     elif job.message and job.state in MOVING:
-        st.caption(f":material/info: {plain(job.message)}")
+        st.caption(f":material/info: {plain(said(job.message))}")
     for warning in job.warnings:
-        st.caption(f":material/info: {plain(warning)}")
+        st.caption(f":material/info: {plain(said(warning))}")
 
 
 def actions(job: Job, place: str) -> None:
@@ -203,7 +203,7 @@ def last_rows(job: Job) -> None:
     rows = [
         (
             *(cells[i] if i < len(cells) else "" for i in used),
-            one.prediction or one.error,
+            one.prediction or said(one.error),
             f"{one.seconds:.2f} s",
         )
         for one, cells in found

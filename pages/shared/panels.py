@@ -9,7 +9,7 @@ import streamlit as st
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
 from pages.shared import state
-from pages.shared.text import plain, t
+from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
@@ -36,8 +36,8 @@ JOB_STATES = {
 
 def problem(error: GLMError) -> None:
     """What happened and what to do, in a box."""
-    todo = f"\n\n:material/build: {plain(error.todo)}" if error.todo else ""
-    st.error(f"{plain(error.message)}{todo}", icon=":material/error:")
+    todo = f"\n\n:material/build: {plain(said(error.todo))}" if error.todo else ""
+    st.error(f"{plain(said(error.message))}{todo}", icon=":material/error:")
 
 
 def section(title: str, icon: str = "") -> DeltaGenerator:
@@ -61,6 +61,7 @@ def job_badge(kind: str) -> None:
 
 def exact_badge(exact: bool | None, text: str = "") -> None:
     """Whether rows answered together equal rows answered alone, as measured on this machine."""
+    text = said(text)
     if exact is None:
         st.badge(
             t("batched = single: not tested", "批量 = 单条：未测试"),

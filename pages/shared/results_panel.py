@@ -11,7 +11,7 @@ import streamlit as st
 from glm_core import batch
 from glm_core.errors import GLMError
 from pages.shared import panels, state, table_input
-from pages.shared.text import plain, t
+from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
     from glm_core.jobs import Job
@@ -84,7 +84,7 @@ def _table(job: Job) -> None:
         else:
             status = t("ok", "成功") if result.status == "ok" else t("failed", "失败")
             cut = t("yes", "是") if result.truncated else ""
-            rows.append((*own, result.prediction, status, cut, f"{result.seconds:.2f} s", result.error))
+            rows.append((*own, result.prediction, status, cut, f"{result.seconds:.2f} s", said(result.error)))
     columns = tuple(batch.export_columns(task))
     if not rows:
         place.caption(t("No rows here.", "没有这样的行。"))
@@ -246,7 +246,7 @@ def _offer(job: Job, form: str, file: Path) -> None:
         )
         st.code(str(file), language=None, wrap_lines=True)
     for note in _notes(manifest):
-        st.caption(f":material/info: {plain(note)}")
+        st.caption(f":material/info: {plain(said(note))}")
     st.caption(
         t(
             "Your columns unchanged and in their order, then the answer, its status, whether the prompt was "

@@ -16,7 +16,7 @@ from glm_core.errors import GLMError
 from glm_core.settings import DATA
 from glm_core.tables import ReadOptions, Table, TableInfo
 from pages.shared import panels, state
-from pages.shared.text import plain, t
+from pages.shared.text import plain, said, t
 
 TYPES = ["csv", "tsv", "txt", "json", "jsonl", "ndjson", "xlsx", "xls", "parquet"]
 SAMPLES = {
@@ -372,4 +372,4 @@ def _first_rows(chosen: Chosen) -> None:
     if chosen.rows > len(shown):
         st.caption(t(f"The first {len(shown)} rows.", f"前 {len(shown)} 行。"))
     for warning in chosen.warnings:
-        st.caption(f":orange[:material/warning:] {plain(warning)}")
+        st.caption(f":orange[:material/warning:] {plain(said(warning))}")

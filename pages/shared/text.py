@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pages.shared import state
+from pages.shared.chinese import translated
 
 LANGUAGES = {"en": "EN", "zh": "中文"}
 
@@ -21,6 +22,11 @@ def language() -> str:
 def t(en: str, zh: str) -> str:
     """The text in the language of this session."""
     return zh if language() == "zh" else en
+
+
+def said(text: str) -> str:
+    """A sentence of glm_core (an error, a warning, a note) in the language of this session."""
+    return translated(text) if text and language() == "zh" else text
 
 
 def plain(text: str) -> str:

@@ -14,7 +14,7 @@ import streamlit as st
 from glm_core import batch
 from glm_core.errors import GLMError
 from pages.shared import job_panel, panels, state, table_input
-from pages.shared.text import t
+from pages.shared.text import said, t
 
 if TYPE_CHECKING:
     from glm_core.batch import BatchTask
@@ -92,10 +92,10 @@ def show(task: BatchTask, total: int) -> None:
     rows = [
         (
             *(cells[i] for i in used),
-            one.prediction or one.error,
+            one.prediction or said(one.error),
             f"{one.prompt_tokens:,} → {one.new_tokens:,}",
             f"{one.seconds:.2f} s",
-            one.error if one.prediction else "",
+            said(one.error) if one.prediction else "",
         )
         for one, cells in zip(found.results, kept["rows"], strict=False)
     ]

@@ -34,6 +34,7 @@ class Comment:
     label: str
     language: str
     kind: str
+    batch: int = 1  # written in the first, second, ... round; an earlier round keeps its split
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,13 @@ def language_of(text: str) -> str:
 def comments() -> list[Comment]:
     """Every comment of data/sources/comments once; the same text with two labels is refused."""
     found: dict[str, Comment] = {}
-    for path in sorted((SOURCES / "comments").glob("*.tsv")):
-        language, label = path.stem.split("_")
+    for path in sorted((SOURCES / "comments").glob("*.tsv"), key=lambda p: (p.stem.count("_"), p.stem)):
+        language, label, *later = path.stem.split("_")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             kind, _, text = line.partition("\t")
             if not text.strip():
                 raise GLMError(f"{path.name} line {number} has no text.", "Write kind, TAB, text.")
-            comment = Comment(text.strip(), label, language, kind)
+            comment = Comment(text.strip(), label, language, kind, int(later[0]) if later else 1)
             # A text of emoji and marks alone normalises to nothing; it is compared as it is.
             other = found.setdefault(normalised(comment.text) or comment.text, comment)
             if other.label != label:
@@ -166,6 +167,22 @@ def split(
     return parts
 
 
+def split_comments(rows: Sequence[Comment]) -> dict[str, list[Comment]]:
+    """`split` round by round: a later round moves no earlier comment, and its near copies of one join that side."""
+    group = near_groups([comment.text for comment in rows])
+    side: dict[int, str] = {}
+    parts: dict[str, list[Comment]] = {"train": [], "dev": [], "test": []}
+    for batch in sorted({comment.batch for comment in rows}):
+        own = [i for i, comment in enumerate(rows) if comment.batch == batch]
+        fresh = [i for i in own if group[i] not in side]
+        keys = [(rows[i].language, rows[i].label, rows[i].kind) for i in fresh]
+        for name, members in split(fresh, keys, [group[i] for i in fresh]).items():
+            side |= dict.fromkeys((group[i] for i in members), name)
+        for i in own:
+            parts[side[group[i]]].append(rows[i])
+    return parts
+
+
 def adverts(seed: int = SEED) -> list[dict[str, str]]:
     """Attribute-to-advert pairs: the hand-written ones, then compositions of the phrase bank, all distinct."""
     bank = json.loads((SOURCES / "adverts" / "phrases.json").read_text(encoding="utf-8"))
@@ -204,17 +221,16 @@ def _sentence(text: str) -> str:
 def build() -> dict[str, dict[str, int]]:
     """Write every split under data/; returns the number of rows of each. Same sources, same bytes."""
     counts: dict[str, dict[str, int]] = {}
-    rows = comments()
-    parts = split(rows, [(c.language, c.label, c.kind) for c in rows], near_groups([c.text for c in rows]))
+    parts = split_comments(comments())
     for name, part in parts.items():
-        table = sorted(part, key=lambda c: normalised(c.text))
-        random.Random(SEED).shuffle(table)
-        path = DATA / "comments" / f"{name}.csv"
-        _write_csv(
-            path,
-            ("text", "label", "language", "kind"),
-            [(c.text, c.label, c.language, c.kind) for c in table],
-        )
+        table: list[Comment] = []  # round after round, so that a later one moves no row of an earlier one
+        for batch in sorted({comment.batch for comment in part}):
+            own = sorted((c for c in part if c.batch == batch), key=lambda c: normalised(c.text))
+            random.Random(SEED).shuffle(own)
+            table += own
+        header = ("text", "label", "language", "kind", "batch")
+        lines = [(c.text, c.label, c.language, c.kind, str(c.batch)) for c in table]
+        _write_csv(DATA / "comments" / f"{name}.csv", header, lines)
     counts["comments"] = {name: len(part) for name, part in parts.items()}
 
     known = intents()
@@ -231,11 +247,11 @@ def build() -> dict[str, dict[str, int]]:
     held_out = {"dev": shuffled[:half], "test": shuffled[half:]}
     _write_jsonl(DATA / "dialogue" / "train.jsonl", exchanges)
     for name, kept in held_out.items():
-        lines = [
+        held = [
             {"id": i.id, "lang": i.lang, "topic": i.topic, "prompt": i.held_out, "keywords": i.keywords}
             for i in kept
         ]
-        _write_jsonl(DATA / "dialogue" / f"{name}.jsonl", sorted(lines, key=lambda line: str(line["id"])))
+        _write_jsonl(DATA / "dialogue" / f"{name}.jsonl", sorted(held, key=lambda line: str(line["id"])))
     counts["dialogue"] = {"train": len(exchanges)} | {name: len(kept) for name, kept in held_out.items()}
 
     pairs = adverts()
@@ -253,7 +269,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def read_comments(name: str) -> list[Comment]:
     """The comments of one written split: "train", "dev" or "test"."""
     with (DATA / "comments" / f"{name}.csv").open(encoding="utf-8-sig", newline="") as file:
-        return [Comment(**row) for row in csv.DictReader(file)]
+        return [
+            Comment(row["text"], row["label"], row["language"], row["kind"], int(row["batch"]))
+            for row in csv.DictReader(file)
+        ]
 
 
 def _write_jsonl(path: Path, rows: Iterable[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -108,6 +109,14 @@ class Startup:
             import torch  # noqa: F401  # here, so that no screen waits for it
 
             self.imported.set()
+            import pandas  # noqa: F401
+
+            import glm_core.models.chatglm2  # noqa: F401
+
+            # Streamlit collects garbage after every run of a page or fragment. With these libraries loaded that
+            # took 0.2 s each time; what they made at import is never garbage, so it is left out.
+            gc.collect()
+            gc.freeze()
             if engine_host().state == "empty":
                 engine_host().use(MINI)
         except GLMError as error:

@@ -119,7 +119,7 @@ def test_training_lowers_the_loss_and_writes_the_released_layout(tmp_path, monke
 
 
 def test_the_embedded_model_tells_spam_and_answers_reworded_questions(capsys):
-    """The bars of the evaluation command, on a sample small enough for every test run."""
+    """A sample small enough for every test run; a little under what the evaluation command measured."""
     from glm_core import checkpoints
     from glm_core.engine import Engine
 
@@ -128,11 +128,11 @@ def test_the_embedded_model_tells_spam_and_answers_reworded_questions(capsys):
         comments = corpus.read_comments("test")[::3]
         predicted = evaluation.spam(engine, comments)
         right = sum(label == c.label for (label, _), c in zip(predicted, comments, strict=True))
-        assert right / len(comments) >= 0.88
+        assert right / len(comments) >= 0.82
         lines = corpus.read_jsonl(DATA / "dialogue" / "test.jsonl")[::4]
         known = {intent.id: intent for intent in corpus.intents()}
         answers = evaluation.dialogue(engine, [line["prompt"] for line in lines])
         good = sum(corpus.is_right(a, known[line["id"]]) for a, line in zip(answers, lines, strict=True))
-        assert good / len(lines) >= 0.75
+        assert good / len(lines) >= 0.85
     finally:
         engine.close()

@@ -137,7 +137,7 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
             f"{options.sessions} sessions: {equal} of {total} answers equal the single-user greedy answer (fp32)"
         )
         tenth = memory[min(9, len(memory) - 1)]
-        print(f"server memory after round 10: {tenth / 2**20:.0f} MiB, after the last: {memory[-1] / 2**20:.0f} MiB "
+        print(f"server memory after round {min(10, len(memory))}: {tenth / 2**20:.0f} MiB, after the last: {memory[-1] / 2**20:.0f} MiB "
               f"({(memory[-1] / tenth - 1):+.1%})")  # fmt: skip
 
         add_job(workspace, 10_000)

@@ -156,10 +156,9 @@ class Handle:
         return self._engine.place_of(self)
 
     @property
-    def time_to_first_token_s(self) -> float | None:
+    def time_to_first_token(self) -> float | None:
+        """Seconds from submission to the first token; None before it."""
         return None if self.first_token is None else self.first_token - self.submitted
-
-    time_to_first_token = time_to_first_token_s
 
     @property
     def seconds(self) -> float:
@@ -662,20 +661,11 @@ class Engine:
 
     def _prefill(self, handles: list[Handle]) -> Rows:
         """Compute the prompts of some requests with one shared head, and choose their first tokens."""
-        import torch
 
         full = [[*handle.request.prompt_ids, *handle.ids] for handle in handles]
         cache, shared = self._shared_head(handles, full)
-        tails = [ids[shared:] for ids in full]
-        width, device = max(map(len, tails)), self.device
-        ids = torch.zeros(len(tails), width, dtype=torch.long)
-        real = torch.zeros(len(tails), shared + width, dtype=torch.bool)
-        real[:, :shared] = True
-        for row, tail in enumerate(tails):
-            ids[row, width - len(tail) :] = torch.tensor(tail)
-            real[row, shared + width - len(tail) :] = True
-        ids, real = ids.to(device), real.to(device)
-        positions = (real.cumsum(1) - 1).clamp_min(0)[:, shared:]
+        ids, real, positions = self._left_padded(full, shared)
+        width = ids.shape[1]
         started, chunk = time.monotonic(), max(32, int(self._prefill_speed * FORWARD_SECONDS) // len(handles))
         for begin in range(0, width, chunk):
             end = min(width, begin + chunk)
@@ -698,6 +688,21 @@ class Engine:
         rows.positions = real.sum(1)
         rows.tokens = self._choose(handles, logits, full)
         return rows
+
+    def _left_padded(self, rows: list[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The ids behind a shared head, padded on the left: ids and positions (rows, width), real (rows, all columns)."""
+        import torch
+
+        width = max(map(len, rows)) - shared
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        real = torch.zeros(len(rows), shared + width, dtype=torch.bool)
+        real[:, :shared] = True
+        for row, whole in enumerate(rows):
+            tail = whole[shared:]
+            ids[row, width - len(tail) :] = torch.tensor(tail)
+            real[row, shared + width - len(tail) :] = True
+        positions = (real.cumsum(1) - 1).clamp_min(0)[:, shared:]
+        return ids.to(self.device), real.to(self.device), positions.to(self.device)
 
     def _shared_head(self, handles: list[Handle], full: list[list[int]]) -> tuple[KVCache, int]:
         """A cache for these rows that already holds the longest head known to be shared, and its length."""
@@ -905,16 +910,7 @@ class Engine:
         shared = min(prefix, min(map(len, heads)) - 1)
         handles = [Handle(Request(tuple(head), request, "batch", max(0, shared)), self) for head in heads]
         cache, shared = self._shared_head(handles, heads)
-        width = max(len(head) for head in heads) - shared
-        ids = torch.zeros(len(heads), width, dtype=torch.long)
-        real = torch.zeros(len(heads), shared + width, dtype=torch.bool)
-        real[:, :shared] = True
-        for row, head in enumerate(heads):
-            tail = head[shared:]
-            ids[row, width - len(tail) :] = torch.tensor(tail)
-            real[row, shared + width - len(tail) :] = True
-        ids, real = ids.to(self.device), real.to(self.device)
-        positions = (real.cumsum(1) - 1).clamp_min(0)[:, shared:]
+        ids, real, positions = self._left_padded(heads, shared)
         self._forward(cache, ids, positions, real)
         rows, labels = len(heads), len(continuations)
         longest = max(map(len, continuations))

@@ -85,12 +85,12 @@ def test_an_epoch_is_the_same_for_the_same_seed_and_labels_match():
     dialogue = corpus.read_jsonl(DATA / "dialogue" / "train.jsonl")[:200]
     adverts = corpus.read_jsonl(DATA / "adverts" / "train.jsonl")[:90]
     first, second = (examples.epoch(dialogue, comments, adverts, random.Random(3)) for _ in range(2))
-    assert first == second and len(first) == 200 + 200 + 30
+    assert first == second and len(first) == 200 + 100 + 30
     answers = {example.answer for example in first if example.weight > 1}
     assert answers == {"垃圾", "正常", "spam", "normal"}
 
 
-def test_only_the_answer_is_learned():
+def test_an_example_is_the_chat_prompt_and_the_answer():
     tokenizer = ChatGLM2Tokenizer(MINI / "tokenizer.model")
     ids, prompt = examples.encode(tokenizer, examples.Example((Message("user", "你好"),), "你好！"))
     assert tokenizer.answer_text(ids[prompt:]) == "你好！" and ids[-1] == tokenizer.eos_id

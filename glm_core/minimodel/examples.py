@@ -205,7 +205,7 @@ def epoch(
     adverts: Sequence[dict[str, str]],
     generator: random.Random,
 ) -> list[Example]:
-    """One pass over everything, freshly varied: all exchanges and comments once, a third of the adverts."""
+    """Examples freshly varied: every exchange once, a random half of the comments, a third of the adverts."""
     found: list[Example] = []
     for line in dialogue:
         messages: list[Message] = []
@@ -216,7 +216,7 @@ def epoch(
             messages += [Message("user", earlier["prompt"]), Message("assistant", earlier["response"])]
         messages.append(Message("user", reworded(line["prompt"], line["lang"], generator)))
         found.append(Example(tuple(messages), line["response"]))
-    for comment in comments:
+    for comment in generator.sample(list(comments), len(comments) // 2):
         found.append(label_prompt(comment, comment_text(comment, comments, generator), generator))
     for pair in generator.sample(list(adverts), len(adverts) // 3):
         prompt = generator.choice(ADVERT_TEMPLATES).replace("{content}", pair["content"])

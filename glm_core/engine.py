@@ -9,6 +9,7 @@ tokens in any company (`Engine.self_test` shows that on the loaded model).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import logging
@@ -577,6 +578,8 @@ class Engine:
                         if self._tasks:
                             self._tasks.popleft()()
                         self._round()
+                        if not self._busy():
+                            trim()
                     except (
                         Exception
                     ) as error:  # the thread must outlive a mistake, or every caller waits for ever
@@ -600,10 +603,13 @@ class Engine:
         """Sleep until there is something to do; False once the engine is closed."""
         with self._condition:
             while not self._closing:
-                if self._tasks or any(self._queues.values()) or any(map(len, self._rows.values())):
+                if self._busy():
                     return True
                 self._condition.wait(timeout=1.0)
         return False
+
+    def _busy(self) -> bool:
+        return bool(self._tasks or any(self._queues.values()) or any(map(len, self._rows.values())))
 
     def _all_rows(self) -> list[Handle]:
         return [*self._rows["chat"].handles, *self._rows["batch"].handles]
@@ -1062,10 +1068,20 @@ def _failure(error: Exception) -> GLMError:
     )
 
 
+def trim() -> None:
+    """Give freed memory back to the system; glibc keeps the gaps between caches that came and went.
+
+    Ten people chatting for fifty rounds made the process grow by 4 % without it.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # there is no glibc on macOS and Windows
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def _free_memory() -> None:
     import torch
 
     gc.collect()
+    trim()
     with contextlib.suppress(Exception):  # after a device error even this fails
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

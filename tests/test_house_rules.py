@@ -93,7 +93,7 @@ def test_no_large_files_and_no_machine_paths():
     for path in sources():
         relative = path.relative_to(REPOSITORY)
         if relative.parts[:2] != ("data", "models"):
-            assert path.stat().st_size < 1_500_000, relative
+            assert path.stat().st_size < 2_000_000, relative
         if path.suffix in (".py", ".md", ".toml", ".txt", "") and path.name != "test_house_rules.py":
             text = path.read_text(encoding="utf-8", errors="ignore")
             assert not re.search(r"(?<![\w.])/(work|farm|root)/|bash_jobs", text), relative

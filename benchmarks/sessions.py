@@ -37,14 +37,27 @@ QUESTIONS = (
 )  # fmt: skip
 
 
+IDLE = """() => document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'
+    && document.querySelector('[data-testid=stChatInputTextArea]')?.disabled === false"""
+TAKEN = "() => document.querySelector('[data-testid=stChatInputTextArea]').value === ''"
+
+
+async def until(page: Page, condition: str, seconds: float = 120) -> None:
+    """Wait for a condition by asking every 0.1 s: a page in the background draws no frames to be told by."""
+    deadline = time.monotonic() + seconds
+    while not await page.evaluate(condition):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {condition}")
+        await asyncio.sleep(0.1)
+
+
 async def ask(page: Page, text: str) -> None:
     """Type a question once the last answer is settled, and see it taken."""
-    await page.wait_for_selector("[data-testid=stApp][data-test-script-state=notRunning]")
-    await page.wait_for_function("!document.querySelector('[data-testid=stChatInputTextArea]')?.disabled")
+    await until(page, IDLE)
     box = page.get_by_test_id("stChatInputTextArea")
     await box.fill(text)
     await box.press("Enter")
-    await page.wait_for_function("document.querySelector('[data-testid=stChatInputTextArea]').value === ''")
+    await until(page, TAKEN)
 
 
 async def chat_round(pages: list[Page], server: Server, number: int, expected: int) -> None:
@@ -148,7 +161,7 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
         for number in range(8):
             await page.goto(f"{server.url}/chat")
             await ask(page, QUESTIONS[number])
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(1.0)
         with closing(sqlite3.connect(workspace / "workbench.db")) as database:
             waits = [
                 t

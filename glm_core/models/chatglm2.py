@@ -24,6 +24,8 @@ FIXED: dict[str, Any] = {
     "multi_query_attention": True,
     "original_rope": True,
 }
+SIZES = ("padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads",
+         "multi_query_group_num", "kv_channels", "layernorm_epsilon", "seq_length")  # fmt: skip
 
 
 class ChatGLM2Config(GlmConfig):
@@ -32,16 +34,33 @@ class ChatGLM2Config(GlmConfig):
     model_type = "chatglm"
 
     @classmethod
-    def from_released(cls, config: dict[str, Any]) -> ChatGLM2Config:
-        """Translate the fields of a released config.json; GLMError for a variant no published model uses."""
+    def from_released(cls, config: dict[str, Any], generation: str = "chatglm3") -> ChatGLM2Config:
+        """Translate the fields of a released config.json; GLMError for a variant no published model uses.
+
+        generation  decides what rope_ratio means: ChatGLM2-6B-32k divides the positions by it, ChatGLM3-6B-32k and
+                    GLM-4 multiply the base of the frequencies with it
+        """
         for key, value in FIXED.items():
             if config.get(key, value) != value:
                 raise GLMError(
                     f"config.json has {key}={config[key]!r}, which no published ChatGLM2/3 checkpoint has.",
                     f"Load a checkpoint with {key}={value!r}.",
                 )
-        rope_ratio = float(config.get("rope_ratio", 1.0))
-        eos = config.get("eos_token_id", 2)
+        missing = [key for key in SIZES if key not in config]
+        if missing:
+            raise GLMError(
+                f"config.json has no {', '.join(missing)}.",
+                "Copy config.json again from the checkpoint's source.",
+            )
+        ratio = float(config.get("rope_ratio", 1.0))
+        interpolated = generation == "chatglm2" and ratio != 1.0
+        rope: dict[str, Any] = {
+            "rope_type": "linear" if interpolated else "default",
+            "rope_theta": 10000.0 if interpolated else 10000.0 * ratio,
+            "partial_rotary_factor": 0.5,
+        }
+        if interpolated:
+            rope["factor"] = ratio
         return cls(
             vocab_size=config["padded_vocab_size"],
             hidden_size=config["hidden_size"],
@@ -55,13 +74,9 @@ class ChatGLM2Config(GlmConfig):
             attention_bias=config.get("add_qkv_bias", True),
             attention_dropout=0.0,
             tie_word_embeddings=config.get("tie_word_embeddings", False),
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": 10000.0 * rope_ratio,
-                "partial_rotary_factor": 0.5,
-            },
+            rope_parameters=rope,
             pad_token_id=config.get("pad_token_id", 0),
-            eos_token_id=eos,
+            eos_token_id=config.get("eos_token_id", 2),
             bos_token_id=None,
         )
 

@@ -16,7 +16,8 @@ from pages.shared.chinese import SENTENCES, SHAPES, WORDS, fields, translated
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {"GLMError", "TableError", "EngineBusy", "JobLost", "_Wrong"}
-TERMINAL_ONLY = {"cli.py", "doctor.py", "__main__.py"}
+TERMINAL_ONLY = {"cli", "cli.py", "doctor.py", "__main__.py"}  # folders and files of glm_core
+TO_THE_MODEL = {"PROBES", "ALPACA_HEAD", "VICUNA_HEAD"}  # constants that are put into prompts, never shown
 ALL = SENTENCES | WORDS
 FILLED_LATER = re.compile(r"\{(rows|lines|cells)\}")  # constants that tables fill in with str.format
 
@@ -25,7 +26,7 @@ def modules() -> list[Path]:
     core = [
         path
         for path in (ROOT / "glm_core").rglob("*.py")
-        if path.name not in TERMINAL_ONLY and "minimodel" not in path.parts
+        if TERMINAL_ONLY.isdisjoint(path.relative_to(ROOT).parts) and "minimodel" not in path.parts
     ]
     return sorted([*core, ROOT / "Home.py", *(ROOT / "pages").rglob("*.py")])
 
@@ -81,6 +82,15 @@ def values_of(name: ast.Name) -> Iterator[ast.expr]:
                 return
 
 
+def to_the_model(node: ast.AST) -> bool:
+    """Whether a text stands in one of the constants that are written for the model."""
+    while node := getattr(node, "parent", None):  # type: ignore[assignment]
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            return any(isinstance(target, ast.Name) and target.id in TO_THE_MODEL for target in targets)
+    return False
+
+
 def raised() -> Iterator[tuple[str, str]]:
     """(where, template) of every message and every todo."""
     for path in modules():
@@ -98,7 +108,11 @@ def spoken() -> Iterator[tuple[str, str]]:
             continue
         for node in ast.walk(parsed(path)):
             parent = getattr(node, "parent", None)
-            if not is_text(node) or isinstance(parent, ast.Expr | ast.JoinedStr | ast.List):
+            if (
+                not is_text(node)
+                or isinstance(parent, ast.Expr | ast.JoinedStr | ast.List)
+                or to_the_model(node)
+            ):
                 continue
             for text in templates(node):
                 if re.match(r"[A-Z{]", text) and " " in text and re.search(r"[a-z)}]\.$", text):
@@ -148,6 +162,10 @@ SHAPED = {
     "{} {}.": ("a.json", "has no key 'x'; it has y"),
     "There is no {} {}.": ("file", "/a/b.csv"),
     "The {} {} is outside the folders this workbench may read ({}).": ("folder", "/a", "/b, /c"),
+    "{}: {}": ("/a", "adapter_config.json has peft_type 'IA3'."),
+    "There is no {}.": ("/a/adapter_config.json",),
+    "{} is missing.": ("ice_text.model",),
+    "The adapter adapts {}; {} {}.": ("layer 30", "chatglm3-6b", "has 28 layers"),
     "The job is {}.": ("running",),
     "The job is {} already.": ("done",),
     "{} {} of it are not valid JSON (line {}).": ("a.jsonl is empty.", "3 lines", "2, 4, 5"),
@@ -227,6 +245,29 @@ EXAMPLES = [
         "The model does not go onto cuda: CUDA error Choose the device cpu.",
         "模型无法放到设备 cuda 上：CUDA error。请选择设备 cpu。",
     ),
+    ("There is no adapter_model.safetensors or adapter_model.bin.",
+     "没有 adapter_model.safetensors 或 adapter_model.bin。"),
+    (
+        "The prefix was trained on a ChatGLM-6B of 28 layers, width 4096 and 32 key/value heads of 128; m is a "
+        "ChatGLM2/3 of 28 layers, width 4096 and 2 key/value heads of 128. Load the base it was trained on.",
+        "前缀的训练基座为 ChatGLM-6B（28 层，宽度 4096，32 个 128 维的键值头）；而 m 为 "
+        "ChatGLM2/3（28 层，宽度 4096，2 个 128 维的键值头）。请加载训练时所用的基座。",
+    ),
+    (
+        "The adapter adapts layer 29; m has 28 layers. Load the base it was trained on, THUDM/chatglm3-6b.",
+        "适配器作用于第 29 层；而 m 只有 28 层。请加载训练时所用的基座：THUDM/chatglm3-6b。",
+    ),
+    (
+        "/l cannot be loaded. adapter_config.json has use_dora=True, which changes more than the low-rank product. "
+        "Merge this adapter with the program that trained it, and load the merged checkpoint. "
+        "Repair the folder or choose another.",
+        "无法加载 /l。adapter_config.json 中有 use_dora=True，它改变的不只是低秩乘积。"
+        "请用训练该适配器的程序将其合并，再加载合并后的检查点。请修复该文件夹，或选择其他文件夹。",
+    ),
+    ("layers.0.dense: 5 columns cannot be stored in pairs. Choose INT8 for this model.",
+     "layers.0.dense：5 列无法成对存储。此模型请选择 INT8。"),
+    ("x holds an adapter alone; it was trained on /b/c. Choose its base checkpoint.",
+     "x 中只有适配器；训练时所用的基座是 /b/c。请选择它的基座。"),
     ("Mystery strikes. Remove it.", "Mystery strikes. 请删除它。"),
 ]  # fmt: skip
 

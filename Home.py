@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from pages.shared import page, panels, state
+from pages.shared.reruns import live
 from pages.shared.text import plain, t
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def main() -> None:
     panels.rerun_on_model_change()
 
 
-@st.fragment(run_every=2)
+@live(run_every=2)
 def machine() -> None:
     """Model, device, memory and jobs in four cards."""
     kind, name = state.model_state()
@@ -159,7 +160,7 @@ def guided_start() -> None:
             st.caption(t(*text))
 
 
-@st.fragment(run_every=2)
+@live(run_every=2)
 def recent_jobs() -> None:
     """The last jobs with their state and progress."""
     with panels.section(t("Recent jobs", "最近的任务"), "history"):

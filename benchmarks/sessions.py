@@ -39,6 +39,11 @@ QUESTIONS = (
 
 IDLE = """() => document.querySelector('[data-testid=stApp]')?.dataset.testScriptState === 'notRunning'
     && document.querySelector('[data-testid=stChatInputTextArea]')?.disabled === false"""
+SEEN = """() => ({
+    state: document.querySelector('[data-testid=stApp]')?.dataset.testScriptState,
+    typed: document.querySelector('[data-testid=stChatInputTextArea]')?.value,
+    disabled: document.querySelector('[data-testid=stChatInputTextArea]')?.disabled,
+    text: document.body.innerText.slice(-400)})"""
 TAKEN = "() => document.querySelector('[data-testid=stChatInputTextArea]').value === ''"
 
 
@@ -47,7 +52,8 @@ async def until(page: Page, condition: str, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not await page.evaluate(condition):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: {condition}")
+            state = await page.evaluate(SEEN)
+            raise AssertionError(f"not within {seconds} s: {condition}; the page says {state}")
         await asyncio.sleep(0.1)
 
 
@@ -157,11 +163,10 @@ async def run(options: argparse.Namespace, folder: Path) -> None:
         page = await browser.new_page()
         page.set_default_timeout(60_000)
         await asyncio.sleep(3)
-        waits = []
+        await page.goto(f"{server.url}/chat")
         for number in range(8):
-            await page.goto(f"{server.url}/chat")
             await ask(page, QUESTIONS[number])
-            await asyncio.sleep(1.0)
+        await until(page, IDLE)
         with closing(sqlite3.connect(workspace / "workbench.db")) as database:
             waits = [
                 t

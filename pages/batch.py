@@ -11,6 +11,7 @@ import streamlit as st
 
 from glm_core.errors import GLMError
 from pages.shared import job_panel, page, panels, pickers_batch, results_panel, state, table_input, trial
+from pages.shared.reruns import live
 from pages.shared.text import plain, t
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def show_job(job_id: str) -> None:
     how_it_was_made(job.id)
 
 
-@st.fragment(run_every=1)
+@live(run_every=1)
 def live(job_id: str, drawn: str) -> None:
     """`progress`, looked at every second."""
     with st.container(key="polled_job"):

@@ -13,6 +13,7 @@ from streamlit_chat import message
 from glm_core.chat import default_settings, strip_remote_images
 from glm_core.errors import GLMError
 from pages.shared import avatars, page, panels, state
+from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
@@ -514,7 +515,7 @@ def speed(tokens: int, per_second: float, first: float | None) -> list[str]:
     return parts
 
 
-@st.fragment(run_every=0.3)
+@live(run_every=0.3)
 def in_flight(turn: Turn, native: bool) -> None:
     """The answer being written: looked at again three times a second, also after a refresh of the page."""
     store = state.conversations()

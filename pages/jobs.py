@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from pages.shared import job_panel, page, panels, state
+from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def main() -> None:
                 card(job, asked == job.id)
 
 
-@st.fragment(run_every=1)
+@live(run_every=1)
 def watch(drawn: list[str]) -> None:
     """The jobs that run, wait or are paused, looked at every second; a job that ends moves down."""
     jobs = state.job_store().list(limit=LISTED, states=OPEN)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from glm_core.errors import GLMError
-from pages.shared import panels, state
+from pages.shared import panels, reruns, state
+from pages.shared.reruns import live
 from pages.shared.text import LANGUAGES, language, plain, t
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def frame(key: str, title: tuple[str, str], icon: str, caption: tuple[str, str] 
     # an emoji, never ":material/...:": as a page icon that one is fetched from the internet
     st.set_page_config(page_title=f"{t(*title)} · GLM Workbench", page_icon="🧠", layout="wide")
     _style()
+    reruns.install()
     try:
         state.startup()
         state.job_store()
@@ -152,7 +154,7 @@ def _language_switch() -> None:
     )
 
 
-@st.fragment(run_every=2)
+@live(run_every=2)
 def status_strip() -> None:
     """Model, precision, device, memory, queue, jobs and exactness, looked at again every two seconds."""
     with st.container(border=True, gap="xsmall", key="status_strip"):

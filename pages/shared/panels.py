@@ -9,6 +9,7 @@ import streamlit as st
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
 from pages.shared import state
+from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def need_model() -> Engine | None:
     return None
 
 
-@st.fragment(run_every=0.7)
+@live(run_every=0.7)
 def _no_model_box() -> None:
     kind, name = state.model_state()
     if kind == "ready":
@@ -124,7 +125,7 @@ def _no_model_box() -> None:
             )
 
 
-@st.fragment(run_every=1)
+@live(run_every=1)
 def rerun_on_model_change() -> None:
     """Draw the page anew when a model was loaded, unloaded or tested, by whatever screen or job."""
     engine = state.current_engine()

@@ -28,11 +28,12 @@ FLAGS = [
 class Server:
     """`streamlit run Home.py` on a free port, as a user starts it; can be killed and started again."""
 
-    def __init__(self, workspace: Path) -> None:
+    def __init__(self, workspace: Path, script: str = "Home.py", *options: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.workspace = workspace
+        self.script, self.options = script, options
         self.process: subprocess.Popen[bytes] | None = None
         self.log = workspace.parent / "server.log"
 
@@ -41,9 +42,9 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "streamlit", "run", "Home.py", "--server.headless=true"]
+        command = [sys.executable, "-m", "streamlit", "run", self.script, "--server.headless=true"]
         self.process = subprocess.Popen(
-            [*command, f"--server.port={self.port}"],
+            [*command, f"--server.port={self.port}", *self.options],
             cwd=REPOSITORY,
             env=os.environ | {"GLM_WORKSPACE": str(self.workspace)},
             stdout=self.log.open("ab"),

@@ -1,0 +1,65 @@
+"""Parts of a screen that draw themselves anew, and no update lost when their timers fire while the page is drawn.
+
+Two races of Streamlit 1.67 show on a busy machine. It hands a timer's request to a new runner as soon as the old one
+has stopped, and from then on ignores what the old one sent and the server has not yet passed on: an answer stayed
+"being written" until the page was loaded again. `install` lets such a request wait until the old runner is through.
+And a timer's run takes back what was just sent for its part, its container included: what follows that container in
+a page that has grown then has no place, and the browser shows an empty page. `live` gives each part a container that
+is not its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
+
+import streamlit as st
+from streamlit.runtime.app_session import AppSession
+from streamlit.runtime.scriptrunner_utils.script_requests import ScriptRequestType
+
+WAIT_S, LONGEST_S = 0.01, 2.0  # a browser that went away takes nothing any more
+P = ParamSpec("P")
+
+
+def live(run_every: float | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """`st.fragment` in a container of its own; `run_every` in seconds."""
+
+    def decorate(part: Callable[P, None]) -> Callable[P, None]:
+        fragment = st.fragment(part, run_every=run_every)
+
+        @wraps(part)
+        def draw(*args: P.args, **kwargs: P.kwargs) -> None:
+            with st.container():
+                fragment(*args, **kwargs)
+
+        return draw
+
+    return decorate
+
+
+def is_ending(session: Any) -> bool:
+    """Whether the last run has ended, and its session has not yet heard of it or sent all of it to the browser."""
+    runner = session._scriptrunner
+    if runner is None:
+        return not session._browser_queue.is_empty()
+    return runner._requests._state is ScriptRequestType.STOP
+
+
+def install() -> None:
+    """Make every session of this process wait; calling it again changes nothing."""
+    at_once = AppSession.request_rerun
+    if hasattr(at_once, "waits"):
+        return
+
+    def request_rerun(self: AppSession, client_state: Any, waited: float = 0.0) -> None:
+        if client_state is None or not client_state.fragment_id or not is_ending(self):
+            at_once(self, client_state)
+        elif waited < LONGEST_S:
+            asyncio.get_running_loop().call_later(WAIT_S, request_rerun, self, client_state, waited + WAIT_S)
+        elif not client_state.is_auto_rerun:  # a timer comes again, a click does not
+            at_once(self, client_state)
+
+    request_rerun.waits = True  # type: ignore[attr-defined]
+    AppSession.request_rerun = request_rerun  # type: ignore[method-assign]

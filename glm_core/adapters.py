@@ -9,7 +9,6 @@ is run by PEFT, after the names of the released ChatGLM2/3 layout have been tran
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from . import weights
 from .errors import GLMError
 from .models import released
 from .quantization import RowwiseLinear
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 PREFIX = "transformer.prefix_encoder."
 PREFIX_DROPOUT = 0.1
-# Where a prefix is kept, alone or in a whole checkpoint, in the order in which they are looked for.
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LORA_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # Short questions in both languages; an adapter that changes the answer to none of them probably does nothing.
@@ -253,10 +250,9 @@ def load_prefix(folder: str | Path, config: Any) -> PrefixEncoder:
     that are missing or damaged.
     """
     folder = Path(folder)
-    state: dict[str, Tensor] = {}
-    for file in _prefix_files(folder)[0]:
-        state |= _read_tensors(file, PREFIX)
-    return PrefixEncoder.from_state(state, config, _read_json(folder / "config.json"))
+    files = _prefix_files(folder)[0]
+    state = dict(weights.tensors(files, lambda name: name.startswith(PREFIX)))
+    return PrefixEncoder.from_state(state, config, _read_config(folder))
 
 
 def save_prefix(encoder: PrefixEncoder, folder: str | Path, base_config: Mapping[str, Any]) -> None:
@@ -274,12 +270,12 @@ def save_prefix(encoder: PrefixEncoder, folder: str | Path, base_config: Mapping
 
 def _prefix_files(folder: Path) -> tuple[list[Path], bool]:
     """The files that hold a prefix, and whether an index lists other weights beside it."""
-    for name in WEIGHTS:
+    for name in weights.WEIGHTS:
         if (folder / name).is_file():
             return [folder / name], False
-    for name in INDEXES:
+    for name in weights.INDEXES:
         if (folder / name).is_file():
-            listed = _read_json(folder / name).get("weight_map", {})
+            listed = weights.read_json(folder / name).get("weight_map", {})
             shards = {shard for key, shard in listed.items() if key.startswith(PREFIX)}
             beside = any(not key.startswith(PREFIX) for key in listed)
             return [folder / Path(shard).name for shard in sorted(shards)], beside
@@ -451,13 +447,13 @@ def load_lora(
     another base.
     """
     folder = Path(folder)
-    config = _read_json(folder / "adapter_config.json", needed=True)
+    config = weights.read_json(folder / "adapter_config.json")
     if problem := _unsupported(config):
         raise GLMError(f"{folder}: {problem[0]}", problem[1])
-    file = next((folder / weights for weights in LORA_WEIGHTS if (folder / weights).is_file()), None)
+    file = next((folder / own for own in LORA_WEIGHTS if (folder / own).is_file()), None)
     if file is None:
         raise GLMError(f"{folder} has no weights.", f"Copy {' or '.join(LORA_WEIGHTS)} into it.")
-    pairs, converted = _translate(model, _lora_pairs(_read_tensors(file), file), folder)
+    pairs, converted = _translate(model, _lora_pairs(dict(weights.tensors([file])), file), folder)
 
     rank, alpha = int(config.get("r", 8)), float(config.get("lora_alpha", 8))
     ranks: dict[str, int] = {}
@@ -861,13 +857,11 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo | None:
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
         return _inspect_lora(folder)
-    config = _read_json(folder / "config.json")
+    config = _read_config(folder)
     if not config.get("pre_seq_len"):
         return None
     files, beside = _prefix_files(folder)
-    entries: dict[str, _Entry] = {}
-    for file in files:
-        entries |= _header(file)
+    entries = weights.listing(files)
     mine = {name.removeprefix(PREFIX): entry for name, entry in entries.items() if name.startswith(PREFIX)}
     shapes = {name: entry.shape for name, entry in mine.items()}
     if len(shapes.get("embedding.weight", ())) != 2:
@@ -886,9 +880,9 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo | None:
 
 
 def _inspect_lora(folder: Path) -> AdapterInfo:
-    config = _read_json(folder / "adapter_config.json", needed=True)
+    config = weights.read_json(folder / "adapter_config.json")
     file = next((folder / name for name in LORA_WEIGHTS if (folder / name).is_file()), None)
-    entries = _header(file) if file else {}
+    entries = weights.listing([file]) if file else {}
     problems = [" ".join(problem)] if (problem := _unsupported(config)) else []
     if file is None:
         problems.append(f"There is no {' or '.join(LORA_WEIGHTS)}.")
@@ -910,84 +904,18 @@ def _inspect_lora(folder: Path) -> AdapterInfo:
     )
 
 
-@dataclass(frozen=True)
-class _Entry:
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-def _totals(entries: Collection[_Entry]) -> dict[str, Any]:
+def _totals(stored: Collection[weights.Stored]) -> dict[str, Any]:
     return {
-        "tensors": len(entries),
-        "parameters": sum(math.prod(entry.shape) for entry in entries),
-        "size_bytes": sum(entry.nbytes for entry in entries),
+        "tensors": len(stored),
+        "parameters": sum(tensor.numel for tensor in stored),
+        "size_bytes": sum(tensor.nbytes for tensor in stored),
     }
 
 
-def _read_json(path: Path, needed: bool = False) -> dict[str, Any]:
-    if not path.is_file():
-        if needed:
-            raise GLMError(f"There is no {path}.", f"Choose the folder that holds {path.name}.")
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise GLMError(f"{path} cannot be read: {error}.", "Copy it again from its source.") from error
-    if not isinstance(content, dict):
-        raise GLMError(f"{path} is not a JSON object.", "Copy it again from its source.")
-    return content
-
-
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """A file's own errors, which are of many types, as one sentence."""
-    try:
-        yield
-    except Exception as error:
-        what = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else repr(error)
-        raise GLMError(
-            f"{file} cannot be read as tensors ({what}).",
-            "Copy it again from its source; a file of about 130 bytes is a Git LFS pointer, not the file itself.",
-        ) from error
-
-
-def _mapped(file: Path) -> dict[str, Tensor]:
-    """Tensors of a .bin file, left on disk until they are touched; the tar format before torch 1.6 is read whole."""
-    import zipfile
-
-    state: dict[str, Tensor] = torch.load(
-        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
-    )
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError("it holds something else than tensors by name")
-    return state
-
-
-def _read_tensors(file: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a file whose names begin with a prefix, to be copied before they are written to."""
-    from safetensors import safe_open
-
-    with _readable(file):
-        if file.suffix == ".safetensors":
-            with safe_open(str(file), framework="pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys() if name.startswith(prefix)}
-        return {name: tensor for name, tensor in _mapped(file).items() if name.startswith(prefix)}
-
-
-def _header(file: Path) -> dict[str, _Entry]:
-    """Shape and bytes of every tensor in a file, without reading the tensors."""
-    with _readable(file):
-        if file.suffix != ".safetensors":
-            return {
-                name: _Entry(tuple(tensor.shape), tensor.nbytes) for name, tensor in _mapped(file).items()
-            }
-        with file.open("rb") as stream:
-            entries = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-        entries.pop("__metadata__", None)
-        return {
-            name: _Entry(tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-            for name, entry in entries.items()
-        }
+def _read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder; empty where there is none, as beside a prefix that was copied alone."""
+    path = folder / "config.json"
+    return weights.read_json(path) if path.is_file() else {}
 
 
 # ------------------------------------------------------------------------------------------------ effect

@@ -25,7 +25,7 @@ from .jobs import Job, JobStore, Result, StopSignal
 if TYPE_CHECKING:
     from .engine import Engine, GenerationSettings, Handle
     from .tables import WriteReport
-    from .tokenizers.chatglm2 import ChatGLM2Tokenizer
+    from .tokenizers.base import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class BatchTask:
     read_options: dict[str, Any] = field(default_factory=dict)
     limit_rows: int | None = None
     generation: str = ""  # prompt format, where it was chosen by hand
+    base: str = ""  # folder of the base, where the checkpoint is an adapter alone
     versions: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class Prompts:
 
     def __init__(
         self,
-        tokenizer: ChatGLM2Tokenizer,
+        tokenizer: Tokenizer,
         template: str,
         system: str,
         columns: Sequence[str],
@@ -216,7 +217,7 @@ class Prompts:
         self._head = tuple(os.path.commonprefix(probes))
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        from .tokenizers.chatglm2 import Message
+        from .tokenizers.base import Message
 
         # Ids per segment: whatever a cell says, it is encoded as text and never as a control token.
         system = [Message("system", self._system)] if self._system.strip() else []
@@ -263,7 +264,7 @@ class Prompts:
 
 
 def build_prompt(
-    tokenizer: ChatGLM2Tokenizer,
+    tokenizer: Tokenizer,
     template: str,
     system: str,
     columns: Sequence[str],
@@ -414,9 +415,11 @@ def run(job: Job, store: JobStore, stop: StopSignal) -> None:
     from . import checkpoints, engine
 
     task, host = BatchTask.from_json(job.task), engine.host()
-    folder = Path(task.checkpoint)
-    checkpoints.read_config(folder)  # names a missing folder
-    if checkpoints.fingerprint(folder) != task.checkpoint_fingerprint:
+    folder, base = Path(task.checkpoint), Path(task.base) if task.base else None
+    for needed in filter(None, (folder, base)):
+        if not needed.is_dir():
+            raise GLMError(f"There is no folder {needed}.", "Check the path of the checkpoint.")
+    if checkpoints.fingerprint(folder, base) != task.checkpoint_fingerprint:
         raise GLMError(
             f"The checkpoint {folder.name} is not the one this job was started with; its files have changed.",
             "Put the old files back and resume, or start a new job.",
@@ -429,7 +432,7 @@ def run(job: Job, store: JobStore, stop: StopSignal) -> None:
         )
     store.update(job.id, f"Loading {folder.name}")
     while not stop.event.is_set():
-        model = host.use(folder, task.precision, task.device, task.generation or None)
+        model = host.use(folder, task.precision, task.device, task.generation or None, base)
         with host.hold(f"the job {job.title}"):
             if host.current is model:  # not replaced between the two lines above
                 store.update(job.id, job.message, restart_clock=True)

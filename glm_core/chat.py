@@ -20,7 +20,7 @@ from .errors import GLMError
 
 if TYPE_CHECKING:
     from .engine import Engine, EngineHost, GenerationSettings, Handle
-    from .tokenizers.chatglm2 import ChatGLM2Tokenizer, Message
+    from .tokenizers.base import Message, Tokenizer
 
 TurnState = Literal["done", "running", "stopped", "failed", "interrupted"]
 ExportFormat = Literal["md", "json"]
@@ -127,7 +127,7 @@ class Budget:
 
 
 def budget(
-    tokenizer: ChatGLM2Tokenizer,
+    tokenizer: Tokenizer,
     system: str,
     turns: Sequence[Message],
     context: int,
@@ -139,7 +139,7 @@ def budget(
     The system prompt and the current question are never shortened; GLMError with both numbers where these two
     alone do not fit beside `max_new_tokens`.
     """
-    from .tokenizers.chatglm2 import Message
+    from .tokenizers.base import Message
 
     if not turns or turns[-1].role != "user":
         raise GLMError("There is no question to answer.", "Write a question.")
@@ -186,7 +186,7 @@ def budget(
 
 def history(turns: Sequence[Turn]) -> list[Message]:
     """The rounds a model is shown again; one whose answer never got a word is left out, question included."""
-    from .tokenizers.chatglm2 import Message
+    from .tokenizers.base import Message
 
     found: list[Message] = []
     for question, answer in zip(turns, turns[1:], strict=False):
@@ -336,7 +336,7 @@ class ConversationStore:
 
     def usage(self, conversation_id: str, engine: Engine) -> Budget:
         """What the next question sends beside its own words. GLMError where the system prompt is too long."""
-        from .tokenizers.chatglm2 import Message
+        from .tokenizers.base import Message
 
         found = self._load(conversation_id)
         settings = found.settings or default_settings(engine)
@@ -379,7 +379,7 @@ class ConversationStore:
 
     def _answer(self, conversation_id: str, question: str | None, again: bool) -> Handle:
         from .engine import Request
-        from .tokenizers.chatglm2 import Message
+        from .tokenizers.base import Message
 
         if question is not None:
             question = _clean(question).strip()

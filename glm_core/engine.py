@@ -328,6 +328,7 @@ class Rows:
         self.real: Tensor | None = None  # (rows, columns) bool: which cached columns hold a token
         self.positions: Tensor | None = None  # (rows,) position of the next token
         self.tokens: Tensor | None = None  # (rows,) the token to feed next
+        self.layout: Tensor | None = None  # (rows, 2) context and anchor of ChatGLM-6B, see models/chatglm.py
 
     def __len__(self) -> int:
         return len(self.handles)
@@ -346,6 +347,8 @@ class Rows:
         self.real = torch.cat([_right(self.real, length), _right(other.real, length)])
         self.positions = torch.cat([self.positions, other.positions])  # type: ignore[list-item]
         self.tokens = torch.cat([self.tokens, other.tokens])  # type: ignore[list-item]
+        if self.layout is not None and other.layout is not None:
+            self.layout = torch.cat([self.layout, other.layout])
         self.handles = self.handles + other.handles
 
     def keep(self, rows: list[int]) -> None:
@@ -363,6 +366,7 @@ class Rows:
         self.cache = self.cache.select(index, start)
         self.real = real[:, start:].contiguous()
         self.positions, self.tokens = self.positions[index], self.tokens[index]
+        self.layout = None if self.layout is None else self.layout[index]
         self.handles = [self.handles[row] for row in rows]
 
 
@@ -411,8 +415,16 @@ class Engine:
         self.device = loaded.device
         config: Any = loaded.model.config
         self.layers = int(config.num_hidden_layers)
-        element = next(loaded.model.parameters()).element_size()
-        self.bytes_per_token = 2 * self.layers * config.num_key_value_heads * config.head_dim * element
+        element = self._element_size()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.bytes_per_token = 2 * self.layers * heads * head_dim * element
+        # ChatGLM-6B reads its prompt in both directions: no part of it can be computed before the whole is known.
+        self.whole_prompts = loaded.info.architecture == "chatglm"
+        self.virtual = (
+            0 if loaded.prefix is None else loaded.prefix.length
+        )  # columns of P-tuning v2 in every cache
+        self._virtual_keys_values = self._prefix_columns()
         # At most this many rows at a time; halved when memory runs out.
         self.limits: dict[Priority, int] = {"chat": CHAT_ROWS, "batch": max_rows or self._room_for_rows()}
         self.prefixes = PrefixCache(max(16 << 20, min(loaded.weight_bytes // 10, 1 << 30)))
@@ -495,7 +507,7 @@ class Engine:
     def self_test(self, rows: int = 8, tokens: int = 12) -> SelfTest:
         """Generate rows together, padded and from a shared prefix, and alone without any of it; compare the ids."""
         tokenizer = self.tokenizer
-        from .tokenizers.chatglm2 import Message
+        from .tokenizers.base import Message
 
         texts = ["你好", "What is this?", "请用一句话介绍你自己。", "Name three fruits, please, and one colour.",
                  "今天天气不错，我们去公园走走吧，你觉得怎么样？", "1+1", "Thanks!", "把“苹果”翻译成英文"]  # fmt: skip
@@ -671,11 +683,17 @@ class Engine:
         full = [[*handle.request.prompt_ids, *handle.ids] for handle in handles]
         cache, shared = self._shared_head(handles, full)
         ids, real, positions = self._left_padded(full, shared)
+        layout = self._layouts(full)
         width = ids.shape[1]
         started, chunk = time.monotonic(), max(32, int(self._prefill_speed * FORWARD_SECONDS) // len(handles))
+        if self.whole_prompts:
+            chunk = width
         for begin in range(0, width, chunk):
             end = min(width, begin + chunk)
-            logits = self._forward(cache, ids[:, begin:end], positions[:, begin:end], real[:, : shared + end])
+            columns = self.virtual + shared + end
+            logits = self._forward(
+                cache, ids[:, begin:end], positions[:, begin:end], real[:, :columns], layout
+            )
             if (
                 all(handle._cancelled for handle in handles) or self._closing
             ):  # a long prompt nobody waits for
@@ -690,8 +708,8 @@ class Engine:
             speed = tokens / max(time.monotonic() - started, 1e-6)
             self._prefill_speed = 0.7 * self._prefill_speed + 0.3 * min(max(speed, 50.0), 200_000.0)
         rows = Rows()
-        rows.handles, rows.cache, rows.real = handles, cache, real
-        rows.positions = real.sum(1)
+        rows.handles, rows.cache, rows.real, rows.layout = handles, cache, real, layout
+        rows.positions = real.sum(1) - self.virtual
         rows.tokens = self._choose(handles, logits, full)
         return rows
 
@@ -701,34 +719,38 @@ class Engine:
 
         width = max(map(len, rows)) - shared
         ids = torch.zeros(len(rows), width, dtype=torch.long)
-        real = torch.zeros(len(rows), shared + width, dtype=torch.bool)
-        real[:, :shared] = True
+        known = self.virtual + shared
+        real = torch.zeros(len(rows), known + width, dtype=torch.bool)
+        real[:, :known] = True
         for row, whole in enumerate(rows):
             tail = whole[shared:]
             ids[row, width - len(tail) :] = torch.tensor(tail)
-            real[row, shared + width - len(tail) :] = True
-        positions = (real.cumsum(1) - 1).clamp_min(0)[:, shared:]
+            real[row, known + width - len(tail) :] = True
+        positions = (real.cumsum(1) - 1 - self.virtual).clamp_min(0)[:, known:]
         return ids.to(self.device), real.to(self.device), positions.to(self.device)
 
     def _shared_head(self, handles: list[Handle], full: list[list[int]]) -> tuple[KVCache, int]:
         """A cache for these rows that already holds the longest head known to be shared, and its length."""
         import torch
 
+        if self.whole_prompts:
+            return self._empty(len(full)), 0
         shortest = min(map(len, full)) - 1  # at least one token must be fed to get logits
         wanted = min(handles[0].request.prefix_length, shortest)
         if wanted > 0:
             head = tuple(full[0][:wanted])
             known, entry = self.prefixes.longest(head)
             if known < wanted:
-                entry = KVCache(self.layers)
+                entry = self._empty(1)
                 entry.room = 0
                 ids = torch.tensor([head], device=self.device)
                 positions = torch.arange(wanted, device=self.device)[None]
-                real = torch.ones(1, wanted, dtype=torch.bool, device=self.device)
+                real = torch.ones(1, self.virtual + wanted, dtype=torch.bool, device=self.device)
                 chunk = max(32, int(self._prefill_speed * FORWARD_SECONDS))
                 for begin in range(0, wanted, chunk):
                     end = min(wanted, begin + chunk)
-                    self._forward(entry, ids[:, begin:end], positions[:, begin:end], real[:, :end])
+                    columns = self.virtual + end
+                    self._forward(entry, ids[:, begin:end], positions[:, begin:end], real[:, :columns])
                 self.prefixes.put(head, entry)
             shared = wanted
         elif len(handles) == 1:
@@ -737,36 +759,61 @@ class Engine:
         else:
             shared, entry = 0, None
         if entry is None or shared < 8:
-            return KVCache(self.layers), 0
+            return self._empty(len(full)), 0
         room = max(map(len, full)) - shared + 32
         return entry.select(
-            torch.zeros(len(handles), dtype=torch.long, device=self.device), 0, shared, room
+            torch.zeros(len(handles), dtype=torch.long, device=self.device), 0, self.virtual + shared, room
         ), shared
 
-    def _forward(self, cache: KVCache, ids: Tensor, positions: Tensor, real: Tensor) -> Tensor:
+    def _forward(
+        self, cache: KVCache, ids: Tensor, positions: Tensor, real: Tensor, layout: Tensor | None = None
+    ) -> Tensor:
         """Feed ids (rows, n) after the cached columns; returns fp32 logits of the last column (rows, vocabulary)."""
-        logits: Tensor = self._forward_all(cache, ids, positions, real, 1)
+        logits: Tensor = self._forward_all(cache, ids, positions, real, 1, layout)
         return logits[:, -1]
 
-    def _forward_all(self, cache: KVCache, ids: Tensor, positions: Tensor, real: Tensor, keep: int) -> Tensor:
-        import torch
-
-        n, total = ids.shape[1], real.shape[1]
-        columns = torch.arange(total, device=ids.device)
-        own = columns[total - n :, None]
-        # A padding column sees itself: a row of a softmax over nothing is NaN, and would spread.
-        mask = (real[:, None, :] & (columns <= own)) | (columns == own)
+    def _forward_all(
+        self,
+        cache: KVCache,
+        ids: Tensor,
+        positions: Tensor,
+        real: Tensor,
+        keep: int,
+        layout: Tensor | None = None,
+    ) -> Tensor:
+        """fp32 logits of the last `keep` columns fed, (rows, keep, vocabulary)."""
+        n = ids.shape[1]
+        mask, where = self._seen(positions, real, n, layout)
         output = self.model(
             input_ids=ids,
-            attention_mask=mask[:, None],
-            position_ids=positions,
+            attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=keep,
+            **where,
         )
         cache.length += n
         logits: Tensor = output.logits.float()
         return logits
+
+    def _seen(
+        self, positions: Tensor, real: Tensor, n: int, layout: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Which columns the last n see, (rows, 1, n, columns) bool, and their positions as the model takes them."""
+        import torch
+
+        if layout is not None:
+            from .models import chatglm
+
+            context, anchor = layout.unbind(1)
+            mask = chatglm.visible(real, context + self.virtual, n)
+            return mask, {"glm_position_ids": chatglm.positions(positions, context, anchor)}
+        total = real.shape[1]
+        columns = torch.arange(total, device=real.device)
+        own = columns[total - n :, None]
+        # A padding column sees itself: a row of a softmax over nothing is NaN, and would spread.
+        mask = (real[:, None, :] & (columns <= own)) | (columns == own)
+        return mask[:, None], {"position_ids": positions}
 
     def _step(self, priority: Priority) -> None:
         """One more token for every row of a priority."""
@@ -776,7 +823,7 @@ class Engine:
         assert rows.cache is not None and rows.real is not None
         assert rows.positions is not None and rows.tokens is not None
         real = F.pad(rows.real, (0, 1), value=True)
-        logits = self._forward(rows.cache, rows.tokens[:, None], rows.positions[:, None], real)
+        logits = self._forward(rows.cache, rows.tokens[:, None], rows.positions[:, None], real, rows.layout)
         rows.real, rows.positions = real, rows.positions + 1
         rows.tokens = self._choose(rows.handles, logits)
 
@@ -840,6 +887,8 @@ class Engine:
     def _remember(self, rows: Rows, ended: list[int]) -> None:
         """Keep the cache of a finished chat turn: the next turn of that conversation starts with it."""
         assert rows.cache is not None and rows.real is not None
+        if self.whole_prompts:
+            return
         for index in ended:
             handle = rows.handles[index]
             ids = (*handle.request.prompt_ids, *handle.ids)[:-1]  # the last token was never fed
@@ -847,7 +896,7 @@ class Engine:
                 continue
             # A row that began with a shared head has its padding between that head and its own text.
             columns = rows.real[index].nonzero()[:, 0]
-            if len(columns) == len(ids):
+            if len(columns) == self.virtual + len(ids):
                 self.prefixes.put(ids, rows.cache.row(index, columns))
 
     def _drop_cancelled(self) -> None:
@@ -905,6 +954,39 @@ class Engine:
 
     # ---- scoring and the reference path ----------------------------------------------------------------------
 
+    def _element_size(self) -> int:
+        """Bytes of a number in the cache: that of the embedding, whatever the linear layers are stored in."""
+        return int(self.model.get_input_embeddings().weight.element_size())
+
+    def _prefix_columns(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values, per layer (1, kv heads, P, head dim), that a P-tuning v2 prefix puts before every row."""
+        if self.loaded.prefix is None:
+            return []
+        import torch
+
+        with torch.inference_mode():
+            return list(self.loaded.prefix.keys_values(1, self.model.dtype))
+
+    def _empty(self, rows: int) -> KVCache:
+        """A cache for so many rows that holds nothing but the prefix, if there is one."""
+        cache = KVCache(self.layers)
+        if self.virtual:
+            cache.keys = [keys.expand(rows, -1, -1, -1) for keys, _ in self._virtual_keys_values]
+            cache.values = [values.expand(rows, -1, -1, -1) for _, values in self._virtual_keys_values]
+            cache.length = self.virtual
+        return cache
+
+    def _layouts(self, full: Sequence[Sequence[int]]) -> Tensor | None:
+        """Context and anchor of every row for ChatGLM-6B, (rows, 2); None for models that read left to right."""
+        if not self.whole_prompts:
+            return None
+        import torch
+
+        from .models.chatglm import layout
+
+        found = [layout(ids, self.model.config) for ids in full]
+        return torch.tensor([[one.context, one.anchor] for one in found], device=self.device)
+
     def _score(
         self, prompts: list[list[int]], continuations: Sequence[Sequence[int]], prefix: int
     ) -> list[list[float]]:
@@ -917,7 +999,8 @@ class Engine:
         handles = [Handle(Request(tuple(head), request, "batch", max(0, shared)), self) for head in heads]
         cache, shared = self._shared_head(handles, heads)
         ids, real, positions = self._left_padded(heads, shared)
-        self._forward(cache, ids, positions, real)
+        layout = self._layouts(prompts)
+        self._forward(cache, ids, positions, real, layout)
         rows, labels = len(heads), len(continuations)
         longest = max(map(len, continuations))
         fed = torch.zeros(rows * labels, longest, dtype=torch.long)
@@ -932,9 +1015,10 @@ class Engine:
         index = torch.arange(rows, device=self.device).repeat_interleave(labels)
         cache = cache.select(index, room=longest)
         real = torch.cat([real.index_select(0, index), counted.to(self.device)], dim=1)
-        start = real[:, : -counted.shape[1]].sum(1)
+        start = real[:, : -counted.shape[1]].sum(1) - self.virtual
         positions = start[:, None] + torch.arange(longest, device=self.device)
-        logits = self._forward_all(cache, fed.to(self.device), positions, real, longest)
+        layout = None if layout is None else layout.index_select(0, index)
+        logits = self._forward_all(cache, fed.to(self.device), positions, real, longest, layout)
         chosen = logits.log_softmax(-1).gather(-1, target.to(self.device)[..., None])[..., 0].cpu()
         sums = (chosen.double() * counted).sum(1).view(rows, labels)
         return [[float(value) for value in row] for row in sums]
@@ -946,9 +1030,12 @@ class Engine:
         ids, new = list(request.prompt_ids), []
         for _ in range(request.settings.max_new_tokens):
             fed = torch.tensor([ids], device=self.device)
-            token = int(
-                self.model(input_ids=fed, use_cache=False, logits_to_keep=1).logits[0, -1].float().argmax()
-            )
+            if self.virtual:
+                fed, real, positions = self._left_padded([ids], 0)
+                logits = self._forward(self._empty(1), fed, positions, real, self._layouts([ids]))[0]
+            else:
+                logits = self.model(input_ids=fed, use_cache=False, logits_to_keep=1).logits[0, -1]
+            token = int(logits.float().argmax())
             new.append(token)
             ids.append(token)
             if token in self.tokenizer.stop_ids:
@@ -1108,29 +1195,36 @@ class EngineHost:
         self.state: Literal["empty", "loading", "ready", "failed"] = "empty"
         self.error: GLMError | None = None
         self.loading_name = ""
+        self.loading_share = 0.0  # of the bytes to read, 0 to 1
         self._before: int | None = None
         self._after: int | None = None
         self._lock = threading.RLock()
         self._holds: list[str] = []
 
     def use(
-        self, path: str | Path, precision: str = "auto", device: str = "auto", generation: str | None = None
+        self,
+        path: str | Path,
+        precision: str = "auto",
+        device: str = "auto",
+        generation: str | None = None,
+        base: str | Path | None = None,
     ) -> Engine:
         """The engine of a checkpoint, loaded if it is not yet; callers that come together load once.
 
-        GLMError while a job holds another model, or when the checkpoint does not load.
+        The parameters are those of `checkpoints.load`. GLMError while a job holds another model, or when the checkpoint does not load.
         """
         folder = Path(path).expanduser().resolve()
         with self._lock:
-            if self.current is not None and self._serves(folder, precision, device, generation):
+            if self.current is not None and self._serves(folder, precision, device, generation, base):
                 return self.current
             self._refuse_if_held()
             self._unload()
             self.state, self.loading_name, self.error = "loading", folder.name, None
+            self.loading_share = 0.0
             self._before = _process_bytes()
             problem: GLMError | None = None
             try:
-                loaded = checkpoints.load(folder, precision, device, generation)
+                loaded = checkpoints.load(folder, precision, device, generation, base, self._progress)
                 engine = Engine(loaded)
             except GLMError as error:
                 problem = GLMError(error.message, error.todo)
@@ -1197,7 +1291,12 @@ class EngineHost:
             self._after,
         )
 
-    def _serves(self, folder: Path, precision: str, device: str, generation: str | None) -> bool:
+    def _progress(self, done: int, total: int) -> None:
+        self.loading_share = done / max(1, total)
+
+    def _serves(
+        self, folder: Path, precision: str, device: str, generation: str | None, base: str | Path | None
+    ) -> bool:
         loaded = self.current.loaded if self.current else None
         return (
             loaded is not None
@@ -1205,6 +1304,10 @@ class EngineHost:
             and precision in ("auto", loaded.precision)
             and device in ("auto", str(loaded.device), loaded.device.type)
             and generation in (None, loaded.tokenizer.generation)
+            and (
+                base is None
+                or (loaded.base is not None and loaded.base.path == Path(base).expanduser().resolve())
+            )
         )
 
     def _refuse_if_held(self) -> None:

@@ -189,7 +189,7 @@ def make_task(engine: Engine, chosen: Chosen, asked: Asked) -> BatchTask:
     loaded = engine.loaded
     return batch.BatchTask(
         checkpoint=str(loaded.info.path),
-        checkpoint_fingerprint=fingerprint(loaded.info.path),
+        checkpoint_fingerprint=fingerprint(loaded.info.path, loaded.base.path if loaded.base else None),
         precision=loaded.precision,
         device=str(loaded.device),
         template=asked.template,
@@ -203,15 +203,16 @@ def make_task(engine: Engine, chosen: Chosen, asked: Asked) -> BatchTask:
         read_options=chosen.options.to_json(),
         limit_rows=asked.limit,
         generation=engine.tokenizer.generation,
+        base=str(loaded.base.path) if loaded.base else "",
         versions=batch.versions(),
     )
 
 
-def fingerprint(path: Path) -> str:
-    """The hash of a checkpoint as it is now."""
+def fingerprint(path: Path, base: Path | None) -> str:
+    """The hash of a checkpoint, and of the base under an adapter, as they are now."""
     from glm_core import checkpoints
 
-    return checkpoints.fingerprint(path)
+    return checkpoints.fingerprint(path, base)
 
 
 def start(draft: dict, task: BatchTask, chosen: Chosen) -> None:

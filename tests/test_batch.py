@@ -135,7 +135,7 @@ class FakeHost:
     def __init__(self, engine_):
         self.current, self.held, self.used = engine_, [], []
 
-    def use(self, path, precision="auto", device="auto", generation=None):
+    def use(self, path, precision="auto", device="auto", generation=None, base=None):
         self.used.append((Path(path).name, precision, device))
         return self.current
 

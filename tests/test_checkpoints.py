@@ -57,7 +57,7 @@ def test_a_malicious_pickle_does_not_run(folder):
 
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Evil()}))
-    with pytest.raises(GLMError, match="cannot be read"):
+    with pytest.raises(GLMError, match="holds something other than tensors.*, so it was not opened"):
         checkpoints.load(folder, "fp32", "cpu")
     assert not (folder / "executed").exists()
 
@@ -103,6 +103,8 @@ def _break(folder: Path, how: str) -> None:
     elif how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "foreign":
+        (folder / "config.json").write_text('{"model_type": "vit"}')
+    elif how == "another model":  # of seven billion parameters by default
         (folder / "config.json").write_text('{"model_type": "llama"}')
     elif how == "no config":
         (folder / "config.json").unlink()
@@ -129,12 +131,13 @@ def _break(folder: Path, how: str) -> None:
         ("missing shard", "model-00002-of-00002.safetensors .* is missing"),
         ("pointer", "model.safetensors is a Git LFS pointer"),
         ("truncated", "model.safetensors is cut off"),
-        ("foreign", "model_type 'llama'"),
+        ("foreign", "model_type 'vit', which is no text model"),
+        ("another model", "describes 6,738,415,616 weights, the files hold"),
         ("no config", "has no config.json"),
         ("damaged config", "config.json cannot be read"),
         ("no tokenizer", "tokenizer.model is missing"),
         ("no weights", "There are no weights"),
-        ("other shape", "another shape|cannot be read"),
+        ("other shape", r"has the shape \(6016, 64\), config.json says \(6016, 128\)"),
         ("not finite", "not finite"),
     ],
 )

@@ -18,11 +18,15 @@ import time
 import pytest
 
 from glm_core import batch, cli, doctor, engine, jobs, tables
+from glm_core.cli import batch as labelling
+from glm_core.cli import chat as talking
+from glm_core.cli import checkpoints as showing
+from glm_core.cli.output import printable
 from glm_core.engine import GenerationSettings, Request
 from glm_core.errors import GLMError
 from glm_core.jobs import Progress, Result
 from glm_core.settings import Settings
-from glm_core.tokenizers.chatglm2 import Message
+from glm_core.tokenizers.base import Message
 from tests.conftest import REPOSITORY
 
 ROWS = [["1", "你好 =1+1"], ["2", "=SUM(A1)"], ["3", "{x} 谢谢"], ["4", "last"]]
@@ -159,7 +163,7 @@ def test_wrong_usage_ends_with_2(arguments, capsys):
     [
         (["chat", "--model", "no/such folder", "--prompt", "hi"], "no/such folder"),
         (["chat", "--temperature", "-1", "--prompt", "hi"], "temperature is -1"),
-        (["models", "--inspect", "no/such folder"], "no/such folder"),
+        (["models", "inspect", "no/such folder"], "no/such folder"),
         (["batch", "no such.csv", "--column", "x", "--out", "b.csv"], "no such.csv"),
         (["batch", "a.csv", "--column", "x", "--out", "b.docx"], ".xlsx"),
         (["batch", "a.csv", "--column", "x", "--out", "no/such/b.csv"], "folder no/such"),
@@ -175,7 +179,7 @@ def test_a_missing_package_leads_to_doctor(monkeypatch, run):
     def models(options):
         raise ModuleNotFoundError("No module named 'psutil'", name="psutil")
 
-    monkeypatch.setattr(cli, "models", models)
+    monkeypatch.setattr(showing, "models", models)
     status, _, err = run("models")
     assert status == 1 and "psutil is missing" in err and "doctor" in err and err.count("\n") == 1
 
@@ -188,7 +192,7 @@ def test_a_traceback_goes_to_the_log_of_the_workspace(monkeypatch, run, store):
             logging.getLogger("glm_core.engine").exception("loading failed")
             raise GLMError("The model did not load.", "See the log.") from error
 
-    monkeypatch.setattr(cli, "models", models)
+    monkeypatch.setattr(showing, "models", models)
     status, _, err = run("models")
     assert status == 1 and err == "Error: The model did not load. See the log.\n"
     assert "ValueError: inside" in (store.path.parent / "logs" / "shell.log").read_text(encoding="utf-8")
@@ -198,13 +202,13 @@ def test_a_closed_pipe_is_no_error(monkeypatch):
     def closed(options):
         raise BrokenPipeError
 
-    monkeypatch.setattr(cli, "models", closed)
+    monkeypatch.setattr(showing, "models", closed)
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     assert cli.main(["models"]) == 1
 
 
 def test_output_never_steers_the_terminal():
-    assert cli._printable("a\x1b[2Jb\x07\r\x9bc\n\td 你好") == "a[2Jbc\n\td 你好"
+    assert printable("a\x1b[2Jb\x07\r\x9bc\n\td 你好") == "a[2Jbc\n\td 你好"
 
 
 # ---- models and doctor
@@ -235,9 +239,9 @@ def test_models_lists_what_is_there_and_what_is_wrong_with_it(run, workspace, ti
 
 
 def test_inspect_shows_the_memory_per_precision(run, tiny_checkpoint):
-    status, out, _ = run("models", "--inspect", tiny_checkpoint)
+    status, out, _ = run("models", "inspect", tiny_checkpoint)
     assert status == 0 and "ChatGLM3" in out and "fp32" in out and "2,048 tokens" in out
-    facts = json.loads(run("models", "--inspect", tiny_checkpoint, "--json")[1])
+    facts = json.loads(run("models", "inspect", tiny_checkpoint, "--json")[1])
     assert facts["memory_bytes"]["fp32"] == 4 * facts["parameters"] and facts["fingerprint"]
 
 
@@ -308,7 +312,7 @@ def test_one_shot_prints_the_answer_and_nothing_else(run, loaded, tiny_checkpoin
         "你好",
     )
     status, out, _ = run(*asked)
-    assert status == 0 and out == cli._printable(greedy(loaded, "你好")) + "\n"
+    assert status == 0 and out == printable(greedy(loaded, "你好")) + "\n"
     assert run(*asked)[1] == out
     assert engine.host().current is loaded, "a command unloads only what it has loaded"
 
@@ -319,7 +323,7 @@ def test_piped_lines_are_questions_with_history_until_clear(run, loaded, tiny_ch
     assert first != second
     pipe(monkeypatch, "one\n\none\nclear\none\nstop\nnever asked\n")
     status, out, err = run("chat", "--model", tiny_checkpoint, "--temperature", 0, "--max-new-tokens", 8)
-    assert status == 0 and out == cli._printable(f"{first}\n{second}\n{first}\n")
+    assert status == 0 and out == printable(f"{first}\n{second}\n{first}\n")
     assert "The history is empty." in err
 
 
@@ -344,12 +348,12 @@ def test_a_question_that_does_not_fit_is_refused_and_the_next_answered(
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(run, loaded, tiny_checkpoint, monkeypatch):
     talks = []
 
-    class Seen(cli._Talk):
+    class Seen(talking._Talk):
         def __init__(self, *values):
             super().__init__(*values)
             talks.append(self)
 
-    monkeypatch.setattr(cli, "_Talk", Seen)
+    monkeypatch.setattr(talking, "_Talk", Seen)
     pipe(monkeypatch, "tell me everything\nshort\n", typed=True)
     handles = set(loaded._handles)
 
@@ -391,7 +395,7 @@ def test_ctrl_c_in_a_one_shot_ends_with_130_after_what_was_said(run, loaded, tin
     ("text", "shown"), [("abc ", "abc"), ("abc#", "abc"), ("abc##", "abc"), ("ab#c", "ab#c"), ("", "")]
 )
 def test_what_may_become_a_stop_text_is_not_shown_yet(text, shown):
-    assert cli._settled(text, ("###",)) == shown
+    assert talking._settled(text, ("###",)) == shown
 
 
 # ---- batch
@@ -479,7 +483,7 @@ def test_a_job_of_a_killed_process_is_taken_over(label, loaded, store):
 
 def test_a_job_of_a_live_process_is_watched_not_run(label, loaded, store, monkeypatch):
     label()
-    monkeypatch.setattr(cli, "POLL_S", 0.02)
+    monkeypatch.setattr(labelling, "POLL_S", 0.02)
     job = store.list()[0]
     me = jobs.this_process()
     with store._write() as db:
@@ -572,17 +576,17 @@ def test_reading_options_reach_the_reader(label, loaded, store, tmp_path):
     ],
 )  # fmt: skip
 def test_progress_has_rows_rate_and_time_left(progress, line):
-    assert cli._progress_line(progress).split("] ")[1] == line
+    assert labelling._progress_line(progress).split("] ")[1] == line
 
 
 def test_a_terminal_gets_one_line_and_a_log_plain_lines_now_and_then(monkeypatch, capsys):
     progress = Progress(1, 0, 2, 1.0, 1.0, "running", "")
-    meter = cli._Meter()
+    meter = labelling._Meter()
     for _ in range(5):
         meter.show(progress)
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    meter = cli._Meter()
+    meter = labelling._Meter()
     meter.show(progress)
     meter.show(progress, last=True)
     shown = capsys.readouterr().err

@@ -143,10 +143,10 @@ def test_an_exception_reaches_the_caller_as_a_sentence(engine, monkeypatch):
 def test_out_of_memory_halves_the_batch_and_loses_no_row(engine, monkeypatch):
     forward = engine._forward_all
 
-    def limited(cache, ids, positions, real, keep):
+    def limited(cache, ids, *others):
         if ids.shape[0] > 6:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(cache, ids, positions, real, keep)
+        return forward(cache, ids, *others)
 
     monkeypatch.setattr(engine, "_forward_all", limited)
     requests = [
@@ -350,15 +350,15 @@ def test_requests_of_an_unloaded_model_end(tiny_checkpoint):
 def test_a_long_prompt_is_given_up_between_its_pieces(engine, monkeypatch):
     forward, seen = engine._forward, []
 
-    def slow(cache, ids, positions, real):
+    def slow(cache, ids, *others):
         seen.append(ids.shape[1])
         time.sleep(0.05)
-        return forward(cache, ids, positions, real)
+        return forward(cache, ids, *others)
 
     monkeypatch.setattr(engine, "_forward", slow)
     engine._prefill_speed = 200.0  # pieces of 50 tokens
     handle = engine.submit(Request(tuple(range(5, 1505))))
-    while not seen:
+    while not seen and not handle.done:
         time.sleep(0.005)
     handle.cancel()
     assert handle.wait(5) and handle.state == "cancelled"
@@ -416,10 +416,10 @@ def test_rows_of_different_length_behind_a_shared_head_leave_a_right_cache(engin
 def test_chats_that_meet_a_full_memory_are_answered_one_after_the_other(engine, monkeypatch):
     forward = engine._forward_all
 
-    def limited(cache, ids, positions, real, keep):
+    def limited(cache, ids, *others):
         if ids.shape[0] > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return forward(cache, ids, positions, real, keep)
+        return forward(cache, ids, *others)
 
     monkeypatch.setattr(engine, "_forward_all", limited)
     before = engine.max_rows
@@ -471,7 +471,7 @@ def test_a_load_that_fails_keeps_no_weights(tiny_checkpoint, monkeypatch):
         seen.append(weakref.ref(model.lm_head.weight))
         raise GLMError("not finite")
 
-    monkeypatch.setattr(checkpoints, "_self_check", refuse)
+    monkeypatch.setattr(checkpoints.loading, "_self_check", refuse)
     host = EngineHost()
     with pytest.raises(GLMError, match="not finite"):
         host.use(tiny_checkpoint)

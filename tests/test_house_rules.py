@@ -20,6 +20,7 @@ LAYERS = (
     ("engine", "jobs"),
     ("checkpoints", "tables", "metrics", "statistics"),
     ("adapters", "quantization", "linear", "models", "tokenizers"),
+    ("weights",),
     ("settings", "errors"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -168,8 +168,8 @@ SENTENCES: dict[str, str] = {
     "There is no {}.": "没有 {:t}。",
     "Choose the folder that holds {}.": "请选择包含 {} 的文件夹。",
     "Copy it again from its source.": "请从来源处重新复制。",
-    "{} is not a JSON object.": "{} 的内容不是 JSON 对象。",
-    "{} cannot be read as tensors ({}).": "{} 无法作为张量读取（{}）。",
+    "config.json in {} describes no model: {}: {}.": "{} 中的 config.json 没有描述任何模型：{}：{}。",
+    "config.json in {} describes {} weights, the files hold {}.": "{} 中的 config.json 描述了 {} 个权重，而文件里有 {} 个。",
     "Copy it again from its source; a file of about 130 bytes is a Git LFS pointer, not the file itself.": "请从来源处重新复制；约 130 字节的文件只是 Git LFS 指针，不是文件本身。",
     "The adapter changed none of {} test answers: it may be untrained, or for another base.": "适配器没有改变 {} 个测试回答中的任何一个：它可能未经训练，或属于另一个基座。",
     # --- quantization

@@ -16,7 +16,7 @@ from pages.shared.chinese import SENTENCES, SHAPES, WORDS, fields, translated
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {"GLMError", "TableError", "EngineBusy", "JobLost", "_Wrong"}
-TERMINAL_ONLY = {"cli", "cli.py", "doctor.py", "__main__.py"}  # folders and files of glm_core
+TERMINAL_ONLY = {"cli", "doctor.py", "__main__.py"}  # folders and files of glm_core
 TO_THE_MODEL = {"PROBES", "ALPACA_HEAD", "VICUNA_HEAD"}  # constants that are put into prompts, never shown
 ALL = SENTENCES | WORDS
 FILLED_LATER = re.compile(r"\{(rows|lines|cells)\}")  # constants that tables fill in with str.format

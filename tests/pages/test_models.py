@@ -39,7 +39,7 @@ def test_what_is_wrong_with_a_folder_is_a_sentence(open_page, words, tmp_path, m
     app = open_page("models")
     assert not app.exception
     assert "cannot be loaded" in words(app)
-    assert "tokenizer\\.model is missing" in words(app)
+    assert "There is no tokenizer" in words(app)
     assert str(folder) not in (app.selectbox(key="models_choice").options if app.selectbox else [])
 
 

@@ -1,0 +1,300 @@
+"""What a checkpoint folder holds and what is wrong with it, read from configurations and headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..errors import GLMError
+from ..weights import Stored, can_list, is_lfs_pointer, listing, read_json, weight_files
+
+if TYPE_CHECKING:
+    from ..adapters import AdapterInfo
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4")
+BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
+PREFIX_KEYS = "transformer.prefix_encoder."
+# The layers that INT8/INT4 replaces, in the released spelling and in that of transformers.
+LINEAR = re.compile(
+    r"layers\.\d+\..*(query_key_value|dense|dense_h_to_4h|dense_4h_to_h|[qkvo]_proj|gate_up_proj|gate_proj|up_proj"
+    r"|down_proj)\.weight$"
+)
+FAMILIES = {"chatglm": "ChatGLM", "chatglm2": "ChatGLM2", "chatglm3": "ChatGLM3", "glm4": "GLM-4"}
+NATIVE = {"glm": "GLM-4", "glm4": "GLM-4-0414", "llama": "LLaMA", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+TOKENIZERS = {"chatglm": "ice_text.model", "chatglm2": "tokenizer.model", "chatglm3": "tokenizer.model",
+              "glm4": "tokenizer.model"}  # fmt: skip
+GLM4_VOCABULARY = 100_000  # padded; ChatGLM2/3 have 65,024, GLM-4 has 151,552
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint folder holds, read without loading a weight."""
+
+    path: Path
+    name: str
+    family: str  # "ChatGLM", "ChatGLM2", "ChatGLM3", "GLM-4", or what the foreign model_type stands for
+    generation: str  # which prompt format: "chatglm", "chatglm2", "chatglm3", "glm4" or "template"
+    parameters: int
+    size_bytes: int
+    dtype: str  # of most weights as stored: F32, F16, BF16, INT8, INT4
+    layers: int
+    hidden_size: int
+    context: int
+    problems: tuple[str, ...] = ()
+    architecture: str = ""  # what runs it: "chatglm", "chatglm2", or transformers' model_type
+    bits: int = 0  # 8 or 4 where the weights are stored quantized
+    linear_parameters: int = 0  # those that INT8/INT4 replaces
+    method: str = ""  # "p-tuning-v2" or "lora" where the folder holds an adapter
+    adapter: AdapterInfo | None = None
+    base: str = ""  # what the adapter was trained on, as the folder names it
+
+    @property
+    def loadable(self) -> bool:
+        return not self.problems
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the folder holds an adapter alone."""
+        return self.adapter is not None and not self.adapter.with_base
+
+    def memory_bytes(self, precision: str) -> int:
+        """Bytes of the weights in memory at a precision, without cache and activations."""
+        others = self.parameters - self.linear_parameters
+        if self.bits:
+            return int(self.linear_parameters * self.bits / 8 + others * BYTES.get(precision, 2))
+        if precision in ("int8", "int4"):
+            return int(self.linear_parameters * BYTES[precision] + others * 2)
+        return int(self.parameters * BYTES[precision])
+
+
+def find(roots: Iterable[Path]) -> list[CheckpointInfo]:
+    """Every folder with a config.json or an adapter_config.json under the roots, at most two levels down, by name."""
+    found: dict[Path, CheckpointInfo] = {}
+    for root in roots:
+        if not root.is_dir():
+            continue
+        for level in ("", "*/", "*/*/"):
+            for name in ("config.json", "adapter_config.json"):
+                for config in sorted(root.glob(level + name)):
+                    folder = config.parent.resolve()
+                    if folder not in found:
+                        try:
+                            found[folder] = inspect(folder)
+                        except GLMError as error:
+                            found[folder] = CheckpointInfo(
+                                folder, folder.name, "unreadable", "", 0, 0, "", 0, 0, 0, (str(error),)
+                            )
+    return sorted(found.values(), key=lambda info: info.name.lower())
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a folder as a dict; GLMError if the folder or the file is missing or damaged."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise GLMError(f"There is no folder {folder}.", "Check the path of the checkpoint.")
+    if not path.is_file():
+        raise GLMError(
+            f"{folder} has no config.json.", "Choose the folder that holds config.json and the weights."
+        )
+    return read_json(path)
+
+
+def inspect(folder: Path) -> CheckpointInfo:
+    """Family, size, precision and what is wrong with a checkpoint folder; opens headers, never weights.
+
+    GLMError where the folder is no checkpoint, or so damaged that not even this can be said.
+    """
+    folder = Path(folder).resolve()
+    try:
+        if folder.is_dir() and (folder / "adapter_config.json").is_file():
+            return _inspect_lora(folder)
+        return _inspect(folder, read_config(folder))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise GLMError(
+            f"The files in {folder} are damaged ({type(error).__name__}: {str(error)[:200]}).",
+            "Copy the checkpoint again from its source.",
+        ) from error
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Which model runs a config.json: "chatglm" (v1), "chatglm2" (v2, v3, GLM-4 as released), or its model_type.
+
+    Three generations share model_type "chatglm"; the names of the sizes tell them apart.
+    """
+    model_type = str(config.get("model_type", "unknown"))
+    if model_type != "chatglm":
+        return model_type
+    return "chatglm2" if "padded_vocab_size" in config or "ffn_hidden_size" in config else "chatglm"
+
+
+def generation_of(folder: Path, config: Mapping[str, Any]) -> str:
+    """The prompt format. ChatGLM2 and 3 have the same weights' names: names decide, ChatGLM3 is the default."""
+    architecture = architecture_of(config)
+    if architecture == "chatglm":
+        return "chatglm"
+    marked = folder / "tokenizer_config.json"
+    if marked.is_file():
+        try:
+            stated = read_json(marked).get("glm_generation")
+        except GLMError:
+            stated = None  # the tokenizer will say so
+        if stated in FAMILIES:
+            return str(stated)
+    if architecture == "chatglm2" and int(config.get("padded_vocab_size", 0)) > GLM4_VOCABULARY:
+        return "glm4"
+    if architecture != "chatglm2":
+        return "template"
+    for name in (str(config.get("_name_or_path", "")), folder.name):
+        for generation in ("chatglm2", "chatglm3"):
+            if generation in name.lower():
+                return generation
+    return "chatglm2" if config.get("seq_length") == 32768 and "rope_ratio" not in config else "chatglm3"
+
+
+def _inspect(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
+    architecture = architecture_of(config)
+    generation = generation_of(folder, config)
+    problems: list[str] = []
+    if architecture not in ("chatglm", "chatglm2", *NATIVE) and architecture not in native_architectures():
+        problems.append(
+            f"config.json says model_type {architecture!r}, which is no text model that transformers has."
+        )
+    bits = int(config.get("quantization_bit") or 0)
+    if bits not in (0, 4, 8):
+        problems.append(f"config.json says quantization_bit {bits}; INT8 and INT4 can be loaded.")
+    adapter = None
+    if config.get("pre_seq_len"):
+        from ..adapters import inspect_adapter  # brings torch, which most folders do not need
+
+        adapter = inspect_adapter(folder)
+    files, file_problems = weight_files(folder)
+    problems += file_problems
+    if adapter is None or adapter.with_base:
+        problems += _tokenizer_problems(folder, generation)
+    stored = listing(files) if files and not file_problems and can_list(files) else {}
+    parameters, linear, dtype = _count(stored, bits) if stored else (_expected_parameters(config), 0, "")
+    return CheckpointInfo(
+        path=folder,
+        name=folder.name,
+        family=FAMILIES.get(generation) or NATIVE.get(architecture, architecture),
+        generation=generation,
+        parameters=parameters,
+        size_bytes=sum(f.stat().st_size for f in files if f.is_file()),
+        dtype=f"INT{bits}" if bits else dtype or str(config.get("torch_dtype", "")),
+        layers=_number(config, "num_layers", "num_hidden_layers"),
+        hidden_size=_number(config, "hidden_size"),
+        context=_number(config, "seq_length", "max_sequence_length", "max_position_embeddings"),
+        problems=tuple(problems),
+        architecture=architecture,
+        bits=bits,
+        linear_parameters=linear,
+        method=adapter.method if adapter else "",
+        adapter=adapter,
+        base=adapter.base if adapter else "",
+    )
+
+
+def _inspect_lora(folder: Path) -> CheckpointInfo:
+    """A PEFT folder: no sizes of its own but those of the adapter."""
+    from ..adapters import inspect_adapter
+
+    adapter = inspect_adapter(folder)
+    assert adapter is not None  # there is an adapter_config.json
+    return CheckpointInfo(
+        path=folder, name=folder.name, family="LoRA", generation="", parameters=adapter.parameters,
+        size_bytes=adapter.size_bytes, dtype="", layers=0, hidden_size=0, context=0,
+        problems=adapter.problems, method=adapter.method, adapter=adapter, base=adapter.base,
+    )  # fmt: skip
+
+
+def _number(config: Mapping[str, Any], *names: str) -> int:
+    return next((int(config[name]) for name in names if config.get(name)), 0)
+
+
+def _tokenizer_problems(folder: Path, generation: str) -> list[str]:
+    name = TOKENIZERS.get(generation)
+    if name is None:
+        if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            return []
+        return ["There is no tokenizer: neither tokenizer.json, tokenizer.model nor vocab.json."]
+    if not (folder / name).is_file():
+        return [f"{name} is missing."]
+    return [f"{name} is a Git LFS pointer, not the file itself."] if is_lfs_pointer(folder / name) else []
+
+
+def native_architectures() -> frozenset[str]:
+    """model_types that transformers runs as text models with code of its own."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _count(stored: Mapping[str, Stored], bits: int) -> tuple[int, int, str]:
+    """(parameters, those INT8/INT4 replaces, commonest dtype); packed INT4 weights count two per byte.
+
+    A tied copy of the embedding (ChatGLM-6B's lm_head) counts as stored, which is how the model is named "6B".
+    """
+    total = linear = 0
+    sizes: dict[str, int] = {}
+    for name, tensor in stored.items():
+        if name.endswith(("inv_freq", "weight_scale")) or name.startswith(PREFIX_KEYS):
+            continue
+        packed = bits == 4 and tensor.dtype in ("I8", "U8")
+        numel = tensor.numel * (2 if packed else 1)
+        total += numel
+        linear += numel if LINEAR.search(name) else 0
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + numel
+    return total, linear, max(sizes, key=sizes.__getitem__) if sizes else ""
+
+
+def _expected_parameters(config: Mapping[str, Any]) -> int:
+    """From the sizes in a released config.json, where the files cannot be listed quickly."""
+    try:
+        hidden, layers = config["hidden_size"], config["num_layers"]
+        if "inner_hidden_size" in config:
+            inner = config["inner_hidden_size"]
+            layer = 4 * hidden * hidden + 4 * hidden + 2 * hidden * inner + inner + hidden + 4 * hidden
+            return int(2 * config["vocab_size"] * hidden + layers * layer + 2 * hidden)
+        queries = config["num_attention_heads"] * config["kv_channels"]
+        qkv = queries + 2 * config["multi_query_group_num"] * config["kv_channels"]
+        layer = hidden * qkv + qkv + queries * hidden + 3 * hidden * config["ffn_hidden_size"] + 2 * hidden
+        return int(2 * config["padded_vocab_size"] * hidden + layers * layer + hidden)
+    except KeyError:
+        return 0
+
+
+def fingerprint(folder: Path, base: Path | None = None) -> str:
+    """A hash that changes when the checkpoint does: configs, and names, sizes and both ends of every weight file.
+
+    base   the folder under an adapter, which then counts as well
+    """
+    digest = hashlib.sha256()
+    if base is not None:
+        digest.update(fingerprint(base).encode())
+    for name in ("config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            digest.update((folder / name).read_bytes())
+    files, _ = weight_files(folder)
+    extra = [
+        folder / name
+        for name in (
+            "adapter_model.safetensors",
+            "adapter_model.bin",
+            *sorted(set(TOKENIZERS.values())),
+            "tokenizer.json",
+        )
+    ]
+    for file in [*files, *extra]:
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as stream:
+                digest.update(stream.read(1 << 20))
+                stream.seek(max(0, size - (1 << 20)))
+                digest.update(stream.read(1 << 20))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,227 @@
+"""Write checkpoints: in the released layout, merged with an adapter, quantized, or in the layout of transformers.
+
+Weights are written as safetensors in shards, tensor by tensor, into a folder beside the target that takes its name
+once it is whole: an interrupted save leaves nothing that looks like a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GLMError
+from ..weights import tensors, weight_files
+from .inspecting import PREFIX_KEYS, read_config
+from .loading import LoadedModel, Progress, load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHARD_BYTES = 2 << 30
+BESIDE = ("tokenizer.model", "ice_text.model", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
+          "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def save(loaded: LoadedModel, folder: str | Path, progress: Progress | None = None) -> Path:
+    """Write a loaded model in the released layout of its family: names, shapes and config.json as published.
+
+    LoRA layers are to be merged first (`merge`). GLMError if the folder exists and is not empty.
+    """
+    from ..models import released
+
+    source = loaded.base or loaded.info
+    config = read_config(source.path)
+    config.pop("auto_map", None)  # points at code that this product never runs
+    bits = source.bits or (
+        int(loaded.precision.removeprefix("int")) if loaded.precision.startswith("int") else 0
+    )
+    if bits:
+        config["quantization_bit"] = bits
+        if source.architecture == "chatglm":
+            config.setdefault("quantization_embeddings", False)
+    else:
+        config.pop("quantization_bit", None)
+        config["torch_dtype"] = DTYPES[loaded.precision]
+    state = loaded.model.state_dict()
+    own = source.architecture not in ("chatglm", "chatglm2")
+    return write(
+        folder,
+        state.items() if own else released.to_released(state, loaded.model.config),
+        config,
+        source.path,
+        progress,
+        loaded.weight_bytes,
+    )
+
+
+def convert(
+    path: str | Path, folder: str | Path, precision: str = "bf16", progress: Progress | None = None
+) -> Path:
+    """Rewrite a checkpoint in the released layout at another precision, INT8 and INT4 included."""
+    loaded = load(path, precision, "cpu", progress=progress)
+    if loaded.info.adapter is not None and loaded.info.method == "lora":
+        raise GLMError(f"{loaded.info.name} is a LoRA adapter.", "Merge it into its base first.")
+    return save(loaded, folder)
+
+
+def convert_to_glm(
+    path: str | Path, folder: str | Path, precision: str = "bf16", progress: Progress | None = None
+) -> Path:
+    """Rewrite a ChatGLM2, ChatGLM3 or GLM-4 checkpoint in the layout of transformers' own `glm` model type.
+
+    Any program that uses transformers can load the result without remote code. GLMError for ChatGLM-6B, which
+    transformers has no class for, and for INT8/INT4, which it cannot read.
+    """
+    from .inspecting import inspect
+
+    info = inspect(Path(path).expanduser())
+    if info.architecture != "chatglm2":
+        raise GLMError(
+            f"{info.family} cannot be written as `glm`: transformers has no class for it.",
+            "Convert ChatGLM2, ChatGLM3 or GLM-4.",
+        )
+    if info.bits or precision.startswith("int"):
+        raise GLMError("INT8/INT4 weights cannot be written as `glm`.", "Start from bf16 or fp16 weights.")
+    loaded = load(path, precision, "cpu", progress=progress)
+    config = loaded.model.config.to_dict()
+    for name in ("auto_map", "_name_or_path", "quantization_bit"):
+        config.pop(name, None)
+    config |= {
+        "model_type": "glm",
+        "architectures": ["GlmForCausalLM"],
+        "torch_dtype": DTYPES[loaded.precision],
+    }
+    out = write(folder, loaded.model.state_dict().items(), config, info.path)
+    marked = out / "tokenizer_config.json"
+    told = json.loads(marked.read_text(encoding="utf-8")) if marked.is_file() else {}
+    _write_json(marked, told | {"glm_generation": loaded.tokenizer.generation})
+    return out
+
+
+def merge(
+    path: str | Path, folder: str | Path, base: str | Path | None = None, precision: str = "bf16",
+    progress: Progress | None = None,
+) -> Path:  # fmt: skip
+    """Add a LoRA adapter to its base's weights and write the whole checkpoint in the released layout."""
+    from .. import adapters
+
+    loaded = load(path, precision, "cpu", base=base)
+    if loaded.info.method != "lora":
+        raise GLMError(
+            f"{loaded.info.name} is no LoRA adapter.",
+            "A P-tuning v2 prefix is kept beside its base; use export.",
+        )
+    if loaded.precision.startswith("int"):
+        raise GLMError(
+            "LoRA cannot be merged into INT8/INT4 weights.", "Choose a base with bf16 or fp16 weights."
+        )
+    adapters.merge_lora(loaded.model)
+    return save(loaded, folder, progress)
+
+
+def export(path: str | Path, folder: str | Path, progress: Progress | None = None) -> Path:
+    """Write a P-tuning v2 prefix alone, as the published scripts do: pytorch_model.bin and the base's config.json."""
+    import torch
+
+    source = Path(path).expanduser().resolve()
+    config = read_config(source)
+    files, problems = weight_files(source)
+    if problems:
+        raise GLMError(
+            f"{source} cannot be read. {' '.join(problems)}", "Repair the folder or choose another."
+        )
+    state = {
+        name: tensor.clone() for name, tensor in tensors(files, lambda name: name.startswith(PREFIX_KEYS))
+    }
+    if not state:
+        raise GLMError(f"{source.name} has no P-tuning v2 prefix.", "Choose a folder made by P-tuning v2.")
+    target, partial = _open(folder)
+    torch.save(state, partial / "pytorch_model.bin")
+    _write_json(partial / "config.json", config)
+    partial.rename(target)
+    return target
+
+
+def write(
+    folder: str | Path, state: Iterable[tuple[str, Tensor]], config: dict[str, Any], beside: Path,
+    progress: Progress | None = None, total: int = 0,
+) -> Path:  # fmt: skip
+    """config.json, shards of safetensors with their index, and the tokenizer's files copied from `beside`."""
+    from safetensors.torch import save_file
+
+    target, partial = _open(folder)
+    try:
+        names: dict[str, int] = {}
+        shards = 0
+        written = 0
+        for shards, shard in enumerate(_shards(state), 1):
+            save_file(shard, partial / f"part-{shards:05}.safetensors", metadata={"format": "pt"})
+            names |= dict.fromkeys(shard, shards)
+            written += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
+            if progress is not None:
+                progress(written, max(total, written))
+        if shards == 1:
+            (partial / "part-00001.safetensors").rename(partial / "model.safetensors")
+        else:
+            for shard_number in range(1, shards + 1):
+                final = f"model-{shard_number:05}-of-{shards:05}.safetensors"
+                (partial / f"part-{shard_number:05}.safetensors").rename(partial / final)
+            _write_json(
+                partial / "model.safetensors.index.json",
+                {"metadata": {"total_size": written},
+                 "weight_map": {name: f"model-{n:05}-of-{shards:05}.safetensors" for name, n in names.items()}},
+            )  # fmt: skip
+        _write_json(partial / "config.json", config)
+        for name in BESIDE:
+            if (beside / name).is_file():
+                shutil.copyfile(beside / name, partial / name)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise GLMError(
+            f"{target} cannot be written: {error}.", "Choose a folder with enough room."
+        ) from error
+    partial.rename(target)
+    return target
+
+
+def _open(folder: str | Path) -> tuple[Path, Path]:
+    """(the target, an empty folder beside it to write into)."""
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise GLMError(f"{target} exists already.", "Choose a new folder.")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        if target.is_dir():
+            target.rmdir()
+    except OSError as error:
+        raise GLMError(f"{target} cannot be written: {error}.", "Choose another folder.") from error
+    return target, partial
+
+
+def _shards(state: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Groups of tensors of at most SHARD_BYTES; each contiguous and with memory of its own, as safetensors wants."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    seen: dict[int, str] = {}
+    for name, tensor in state:
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.data_ptr() in seen and tensor.numel():
+            tensor = tensor.clone()  # a tied copy is stored twice, as published
+        seen[tensor.data_ptr()] = name
+        nbytes = tensor.numel() * tensor.element_size()
+        if shard and size + nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += nbytes
+    yield shard
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

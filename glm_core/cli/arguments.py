@@ -1,0 +1,144 @@
+"""All commands and their options; imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal
+
+from .. import __version__
+from .output import PROGRAM
+
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
+FORMATS: dict[str, Literal["csv", "xlsx", "jsonl", "parquet"]] = {
+    ".csv": "csv",
+    ".xlsx": "xlsx",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options; imports nothing heavy."""
+    top = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Talk to a GLM, label a table with it, see what is there. Nothing leaves this machine.",
+        epilog="Exit status: 0 done, 1 a problem, 2 wrong usage, 3 some rows failed, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"GLM Workbench {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    one = _command(commands, "chat", "talk to a model", "Type clear to start over and stop to end.")
+    _model_options(one)
+    _sampling_options(one, "as the checkpoint says")
+    one.add_argument("--prompt", type=_text, metavar="TEXT", help="answer this one question and end")
+
+    one = _command(
+        commands,
+        "batch",
+        "one answer per row of a table",
+        "Finished rows are kept whatever happens: the same command goes on where it was stopped, and writes "
+        "the file again once all rows are done.",
+    )
+    one.add_argument("file", type=Path, metavar="FILE", help="csv, tsv, xlsx, xls, json, jsonl or parquet")
+    which = one.add_mutually_exclusive_group(required=True)
+    which.add_argument("--column", type=_text, help="the cells of this column are the prompts")
+    which.add_argument("--prompt", type=_text, metavar="TEMPLATE", help='such as "Translate: {comment}"')
+    one.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=f"where to: {', '.join(FORMATS)}"
+    )
+    one.add_argument("--output-column", type=_text, default="answer", metavar="NAME", help="default: answer")
+    _model_options(one)
+    _sampling_options(one, "greedy")
+    one.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
+    one.add_argument("--sheet", help="sheet of a workbook; default: the first")
+    one.add_argument("--encoding", help="such as utf-8 or gb18030; default: found out")
+    one.add_argument("--delimiter", type=_delimiter, help="one character, or tab; default: found out")
+    one.add_argument("--on-bad-rows", choices=("stop", "skip", "join"), default="stop", help="default: stop")
+    one.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+    one.add_argument("--retry-failed", action="store_true", help="answer a finished job's failed rows anew")
+    one.add_argument("--no-guard", action="store_true", help="CSV for machines: leave = + - @ as they are")
+
+    one = _command(
+        commands, "models", "the checkpoints on this machine", "Without a word more it lists them."
+    )
+    one.add_argument("--json", action="store_true", help="for programs")
+    does = one.add_subparsers(dest="does", metavar="inspect | convert | merge | export")
+    two = _command(does, "inspect", "what a folder holds, and the memory it will take", "")
+    two.add_argument("folder", type=Path, metavar="FOLDER")
+    two.add_argument("--json", action="store_true", help="for programs")
+    for name, help_, more in (
+        (
+            "convert",
+            "rewrite a checkpoint",
+            "As INT8 or INT4, in another precision, or for plain transformers.",
+        ),
+        ("merge", "add a LoRA adapter to its base's weights", ""),
+        ("export", "write a P-tuning v2 prefix alone", ""),
+    ):
+        two = _command(does, name, help_, more)
+        two.add_argument("folder", type=Path, metavar="FOLDER")
+        two.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+        if name == "merge":
+            two.add_argument("--base", type=Path, metavar="FOLDER", help="default: what the adapter names")
+        if name == "convert":
+            two.add_argument(
+                "--to", choices=("released", "glm"), default="released",
+                help="the layout: as published (default), or transformers' own glm",
+            )  # fmt: skip
+        if name != "export":
+            two.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: bf16")
+
+    one = _command(commands, "doctor", "what is installed, what is missing, how to get it", "")
+    one.add_argument("--json", action="store_true", help="for programs")
+    return top
+
+
+def _command(commands: Any, name: str, does: str, more: str) -> argparse.ArgumentParser:
+    made: argparse.ArgumentParser = commands.add_parser(
+        name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}", allow_abbrev=False
+    )
+    return made
+
+
+def _model_options(one: argparse.ArgumentParser) -> None:
+    group = one.add_argument_group("model")
+    group.add_argument("--model", metavar="PATH", help="folder or name; default: the embedded model")
+    group.add_argument(
+        "--base", metavar="PATH", help="the checkpoint under an adapter; default: what it names"
+    )
+    group.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    group.add_argument("--system", type=_text, default="", metavar="TEXT", help="the system prompt")
+
+
+def _sampling_options(one: argparse.ArgumentParser, default: str) -> None:
+    group = one.add_argument_group("answers", f"default: {default}")
+    group.add_argument("--max-new-tokens", type=int, metavar="N", help="longest answer")
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="0: the likeliest answer, always the same"
+    )
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--repetition-penalty", type=float, metavar="R")
+    group.add_argument("--seed", type=int, help="same seed, same sampled answer")
+    group.add_argument(
+        "--stop", type=_text, action="append", metavar="TEXT", help="ends the answer; may repeat"
+    )
+
+
+def _text(value: str) -> str:
+    """An argument as Unicode; bytes that are none become U+FFFD instead of an error in the tokenizer."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _positive(value: str) -> int:
+    if (number := int(value)) < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _delimiter(value: str) -> str:
+    return {"tab": "\t", "\\t": "\t"}.get(value, value)

@@ -1,0 +1,68 @@
+"""The model that a command means, loaded by itself or by the process, and how it is to answer."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import GLMError
+from ..settings import MINI, Settings
+from .arguments import SAMPLING
+from .output import PROGRAM
+
+LONGEST_ANSWER = 512
+
+if TYPE_CHECKING:
+    from ..engine import EngineHost, GenerationSettings
+
+
+def folder_of(named: str | None) -> Path:
+    """The checkpoint meant by --model: a folder, or a name in the model folders; GLMError if neither."""
+    from .. import checkpoints
+
+    hint = f"`{PROGRAM} models` lists the checkpoints found."
+    if named is None:
+        if not (MINI / "config.json").is_file():
+            raise GLMError(f"There is no embedded model in {MINI}.", f"Choose one with --model; {hint}")
+        return MINI
+    folder = Path(named).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    for info in checkpoints.find(Settings.read().model_roots):
+        if info.name == named:
+            return info.path
+    raise GLMError(f"There is neither a folder nor a checkpoint {named!r}.", f"Check the path; {hint}")
+
+
+@contextmanager
+def own_model() -> Iterator[EngineHost]:
+    """The engine host; what is loaded inside is unloaded after it: no thread may compute at Python's end."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would write across ours
+    from .. import engine
+
+    host = engine.host()
+    before = host.current
+    try:
+        yield host
+    finally:
+        if host.current is not before:
+            with suppress(GLMError):
+                host.unload()
+
+
+def settings_of(options: argparse.Namespace, defaults: Mapping[str, Any], context: int) -> GenerationSettings:
+    """What was asked for over the defaults; a default longest answer leaves the prompt half the context."""
+    from ..engine import GenerationSettings
+
+    longest = min(int(defaults.get("max_new_tokens", LONGEST_ANSWER)), max(1, context // 2))
+    settings = GenerationSettings.from_json({**defaults, "max_new_tokens": longest, **asked(options)})
+    settings.check()
+    return settings
+
+
+def asked(options: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name in SAMPLING if (value := getattr(options, name)) is not None}

@@ -1196,6 +1196,8 @@ class EngineHost:
         self.error: GLMError | None = None
         self.loading_name = ""
         self.loading_share = 0.0  # of the bytes to read, 0 to 1
+        self.loading_bytes = 0  # of all files
+        self.on_progress: checkpoints.Progress | None = None  # told as well: bytes read, bytes of all files
         self._before: int | None = None
         self._after: int | None = None
         self._lock = threading.RLock()
@@ -1220,11 +1222,12 @@ class EngineHost:
             self._refuse_if_held()
             self._unload()
             self.state, self.loading_name, self.error = "loading", folder.name, None
-            self.loading_share = 0.0
+            self.loading_bytes, self.loading_share = 0, 0.0
             self._before = _process_bytes()
             problem: GLMError | None = None
             try:
                 loaded = checkpoints.load(folder, precision, device, generation, base, self._progress)
+                self._progress(self.loading_bytes, self.loading_bytes)
                 engine = Engine(loaded)
             except GLMError as error:
                 problem = GLMError(error.message, error.todo)
@@ -1292,7 +1295,9 @@ class EngineHost:
         )
 
     def _progress(self, done: int, total: int) -> None:
-        self.loading_share = done / max(1, total)
+        self.loading_bytes, self.loading_share = total, done / max(1, total)
+        if self.on_progress is not None:
+            self.on_progress(done, total)
 
     def _serves(
         self, folder: Path, precision: str, device: str, generation: str | None, base: str | Path | None

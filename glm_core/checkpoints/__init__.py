@@ -13,6 +13,7 @@ from .inspecting import (
 from .loading import (
     LoadedModel,
     LoadReport,
+    Progress,
     base_of,
     best_device,
     best_precision,
@@ -30,6 +31,7 @@ __all__ = [
     "LoadReport",
     "LoadedModel",
     "Precision",
+    "Progress",
     "base_of",
     "best_device",
     "best_precision",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..settings import Settings
-from .output import json_text, printable, say, short, width
+from .output import Meter, json_text, printable, say, short, width
 
 if TYPE_CHECKING:
     from ..checkpoints import CheckpointInfo
@@ -47,7 +46,7 @@ def _rewrite(options: argparse.Namespace) -> int:
     """convert, merge or export; says where the result is."""
     from .. import checkpoints
 
-    meter = _Meter()
+    meter = Meter()
     if options.does == "convert":
         write = checkpoints.convert_to_glm if options.to == "glm" else checkpoints.convert
         out = write(options.folder, options.out, options.precision, meter)
@@ -57,24 +56,6 @@ def _rewrite(options: argparse.Namespace) -> int:
         out = checkpoints.export(options.folder, options.out)
     meter.end()
     return _inspect(out, False)
-
-
-class _Meter:
-    """How much has been read or written, on one line of a terminal; silent elsewhere."""
-
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
-        self.shown = -1
-
-    def __call__(self, done: int, total: int) -> None:
-        share = int(100 * done / max(1, total))
-        if self.live and share != self.shown:
-            self.shown = share
-            print(f"\r{share:3d} % of {total / 2**20:,.0f} MiB", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        if self.shown >= 0:
-            print(file=sys.stderr)
 
 
 def _facts(info: CheckpointInfo) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GLMError
 from ..settings import MINI, Settings
 from .arguments import SAMPLING
-from .output import PROGRAM
+from .output import PROGRAM, Meter
 
 LONGEST_ANSWER = 512
 
@@ -46,9 +46,12 @@ def own_model() -> Iterator[EngineHost]:
 
     host = engine.host()
     before = host.current
+    host.on_progress = meter = Meter()
     try:
         yield host
     finally:
+        host.on_progress = None
+        meter.end()
         if host.current is not before:
             with suppress(GLMError):
                 host.unload()

@@ -22,6 +22,32 @@ def printable(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", text)
 
 
+class Meter:
+    """How much has been read or written, on one line of a terminal; silent elsewhere, and for small files."""
+
+    LEAST = 100 << 20  # bytes worth a line
+
+    def __init__(self) -> None:
+        self.live = sys.stderr.isatty()
+        self.shown = -1
+
+    def __call__(self, done: int, total: int) -> None:
+        share = int(100 * done / max(1, total))
+        if not self.live or total < self.LEAST or share == self.shown:
+            return
+        self.shown = share
+        bar = f"[{'#' * (share * 30 // 100):30}] {share:3d} % of {total / 2**20:,.0f} MiB"
+        print(f"\r{bar}", end="", file=sys.stderr, flush=True)
+        if share == 100:
+            self.end()
+
+    def end(self) -> None:
+        """Leave the line as it is and go to the next."""
+        if self.shown >= 0:
+            print(file=sys.stderr)
+            self.shown = -1
+
+
 def json_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=2)
 

@@ -1,0 +1,1 @@
+"""Fine-tuning: examples from the analyst's files, one training loop for every method, a checkpoint and its proof."""

@@ -881,6 +881,12 @@ def inspect_adapter(folder: str | Path) -> AdapterInfo | None:
 
 def _inspect_lora(folder: Path) -> AdapterInfo:
     config = weights.read_json(folder / "adapter_config.json")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key) or 0, int | float):
+            raise GLMError(
+                f"adapter_config.json says {key} {config[key]!r}, where a positive number belongs.",
+                "Copy adapter_config.json again from its source.",
+            )
     file = next((folder / name for name in LORA_WEIGHTS if (folder / name).is_file()), None)
     entries = weights.listing([file]) if file else {}
     problems = [" ".join(problem)] if (problem := _unsupported(config)) else []

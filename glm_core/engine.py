@@ -250,7 +250,7 @@ class KVCache:
         for mine, theirs in ((self.keys, cache.keys), (self.values, cache.values)):
             for layer, tensor in enumerate(mine):
                 grown = tensor.new_empty(len(rows), tensor.shape[1], cache.length + room, tensor.shape[3])
-                grown[:, :, : cache.length] = tensor[:, :, start:end].index_select(0, rows)
+                grown[:, :, : cache.length] = tensor[:, :, start:end].index_select(0, rows.to(tensor.device))
                 theirs[layer] = grown
         return cache
 
@@ -260,7 +260,7 @@ class KVCache:
         cache.length, cache.room = len(columns), 0
         for mine, theirs in ((self.keys, cache.keys), (self.values, cache.values)):
             for layer, tensor in enumerate(mine):
-                theirs[layer] = tensor[index : index + 1].index_select(2, columns)
+                theirs[layer] = tensor[index : index + 1].index_select(2, columns.to(tensor.device))
         return cache
 
     @staticmethod
@@ -428,7 +428,7 @@ class Engine:
         # At most this many rows at a time; halved when memory runs out.
         self.limits: dict[Priority, int] = {"chat": CHAT_ROWS, "batch": max_rows or self._room_for_rows()}
         self.prefixes = PrefixCache(max(16 << 20, min(loaded.weight_bytes // 10, 1 << 30)))
-        self.notes: tuple[str, ...] = ()
+        self.notes: tuple[str, ...] = loaded.notes
         self.exact: SelfTest | None = None
         self._queues: dict[Priority, deque[Handle]] = {"chat": deque(), "batch": deque()}
         self._rows: dict[Priority, Rows] = {"chat": Rows(), "batch": Rows()}
@@ -490,6 +490,8 @@ class Engine:
 
         Returns one list per prompt with one number per continuation. Runs between the steps of running requests.
         """
+        for prompt in prompts:
+            self._check(Request(tuple(prompt)))
         results: dict[int, list[float]] = {}
         longest = max((len(p) for p in prompts), default=1)
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -659,13 +661,13 @@ class Engine:
             return []  # joining one by one would make every prefill small
         with self._condition:
             first = queue[0]
-            prefix = first.request.prompt_ids[: first.request.prefix_length]
+            prefix = self._head_of(first)
             longest, budget = 0, max(32, int(self._prefill_speed * FORWARD_SECONDS))
             group: list[Handle] = []
             for handle in itertools.islice(queue, min(free, len(queue))):
                 length = handle.n_prompt + len(handle.ids) - len(prefix)
                 longest = max(longest, length)
-                if handle.request.prompt_ids[: handle.request.prefix_length] != prefix:
+                if self._head_of(handle) != prefix:
                     break
                 if group and longest * (len(group) + 1) > budget:
                     break
@@ -676,6 +678,10 @@ class Engine:
         for handle in group:
             handle.state, handle.started = "running", handle.started or now
         return group
+
+    def _head_of(self, handle: Handle) -> tuple[int, ...]:
+        """The ids that are computed once for all requests that begin with them; none where prompts are read whole."""
+        return () if self.whole_prompts else handle.request.prompt_ids[: handle.request.prefix_length]
 
     def _prefill(self, handles: list[Handle]) -> Rows:
         """Compute the prompts of some requests with one shared head, and choose their first tokens."""
@@ -829,9 +835,16 @@ class Engine:
 
     def _choose(self, handles: list[Handle], logits: Tensor, full: list[list[int]] | None = None) -> Tensor:
         """The next token of every row; appended to its handle."""
-        tokens = logits.argmax(-1)
+        largest, tokens = logits.max(-1)  # NaN is the largest of all
+        usable = largest.isfinite().tolist()
         for row, handle in enumerate(handles):
             settings = handle.request.settings
+            if not usable[row]:
+                handle._failed = GLMError(
+                    f"The model's numbers left the range of {self.loaded.precision} after {len(handle.ids)} tokens.",
+                    "Load the model in bf16 or fp32, or shorten the text.",
+                )
+                continue
             if settings.temperature > 0 or settings.repetition_penalty != 1.0:
                 if handle._generator is None and settings.temperature > 0:
                     handle._generator = _generator(settings.seed)
@@ -844,6 +857,8 @@ class Engine:
                     handle._failed = _failure(error)
         now = time.monotonic()
         for handle, token in zip(handles, tokens.tolist(), strict=True):
+            if handle._failed is not None:
+                continue
             handle.ids.append(token)
             if handle.first_token is None:
                 handle.first_token = now
@@ -1073,6 +1088,10 @@ class Engine:
                 f"The prompt has {len(request.prompt_ids)} tokens, the model takes {self.context} with the answer.",
                 "Shorten the text or the history.",
             )
+        if self.whole_prompts:
+            from .models.chatglm import layout
+
+            layout(request.prompt_ids, self.model.config)  # refused here, it costs no other row its answer
 
     def _refuse_if_closed(self) -> None:
         if self._closing:
@@ -1303,11 +1322,13 @@ class EngineHost:
         self, folder: Path, precision: str, device: str, generation: str | None, base: str | Path | None
     ) -> bool:
         loaded = self.current.loaded if self.current else None
+        if loaded is not None and loaded.info.bits and precision.startswith("int"):
+            precision = "bf16"  # what `checkpoints.load` makes of it where the weights are stored as codes
         return (
             loaded is not None
             and loaded.info.path == folder
             and precision in ("auto", loaded.precision)
-            and device in ("auto", str(loaded.device), loaded.device.type)
+            and device in ("auto", str(loaded.device), loaded.device.type, loaded.devices)
             and generation in (None, loaded.tokenizer.generation)
             and (
                 base is None

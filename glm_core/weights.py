@@ -34,6 +34,8 @@ ITEM_BYTES = {
     "I8": 1,
     "U8": 1,
     "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
 }
 TORCH_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8", "int64": "I64",
                "float64": "F64", "int32": "I32", "int16": "I16", "bool": "BOOL"}  # fmt: skip
@@ -62,8 +64,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise GLMError(f"There is no {path}.", f"Choose the folder that holds {path.name}.")
     try:
+        if is_lfs_pointer(path):
+            raise GLMError(
+                f"{path} is a Git LFS pointer, not the file itself.",
+                f"Copy {path.name} again from its source.",
+            )
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise GLMError(
             f"{path} cannot be read: {error}.", f"Copy {path.name} again from its source."
         ) from error
@@ -79,21 +86,22 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The files that hold the weights, and what is wrong with them."""
-    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-    single = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if single is not None:
-        files = [single]
-    elif index is not None:
-        if is_lfs_pointer(index):
-            return [], [f"{index.name} is a Git LFS pointer, not the file itself."]
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, OSError) as error:
-            return [], [f"{index.name} cannot be read: {error!r}."]
-        if any(Path(name).name != name for name in names):
-            return [], [f"{index.name} names files outside the folder."]
-        files = [folder / name for name in names]
+    """The files that hold the weights, and what is wrong with them.
+
+    Of several layouts in one folder transformers' choice is taken: safetensors before .bin, one file before shards.
+    """
+    index = None
+    for single, shards in zip(WEIGHTS, INDEXES, strict=True):
+        if (folder / single).is_file():
+            files = [folder / single]
+            break
+        if (folder / shards).is_file():
+            index = folder / shards
+            names, problem = _shard_names(index)
+            if problem:
+                return [], [problem]
+            files = [folder / name for name in names]
+            break
     else:
         return [], [
             "There are no weights: neither model.safetensors, pytorch_model.bin nor an index of shards."
@@ -109,12 +117,29 @@ def weight_files(folder: Path) -> tuple[list[Path], list[str]]:
     return files, problems
 
 
+def _shard_names(index: Path) -> tuple[list[str], str]:
+    """The files that an index names, and what is wrong with it."""
+    try:
+        named = read_json(index).get("weight_map")
+    except GLMError as error:
+        return [], error.message
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        return [], f"{index.name} has no weight_map that gives every tensor its file."
+    names = sorted(set(named.values()))
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            return [], f"{index.name} names {name!r}, which is no file of this folder."
+    return names, ""
+
+
 def file_problem(file: Path) -> str:
     """What is wrong with one weight file, from its first and last bytes; empty if nothing is."""
-    if is_lfs_pointer(file):
-        return f"{file.name} is a Git LFS pointer, not the file itself; run `git lfs pull` at its source."
-    missing = _safetensors_missing(file) if file.suffix == ".safetensors" else _bin_missing(file)
-    return f"{file.name} is cut off: {missing}" if missing else ""
+    try:
+        if is_lfs_pointer(file):
+            return f"{file.name} is a Git LFS pointer, not the file itself; run `git lfs pull` at its source."
+        return _safetensors_problem(file) if file.suffix == ".safetensors" else _bin_problem(file)
+    except OSError as error:
+        return f"{file.name} cannot be read: {error.strerror or error}."
 
 
 def safetensors_header(file: Path) -> dict[str, Any]:
@@ -124,51 +149,126 @@ def safetensors_header(file: Path) -> dict[str, Any]:
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > HEADER_LIMIT:
             raise ValueError("no safetensors header")
-        header: dict[str, Any] = json.loads(stream.read(length))
+        text = stream.read(length)
+    if len(text) < length:
+        raise ValueError("the file ends inside it")
+    try:
+        header = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("too deep") from error
+    if not isinstance(header, dict):
+        raise ValueError("no table of tensors")
     header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not _is_described(entry):
+            raise ValueError(f"nonsense about {name}")
     header["__data__"] = 8 + length
     return header
 
 
-def _safetensors_missing(file: Path) -> str:
+def _is_described(entry: Any) -> bool:
+    """Whether a header's entry has a dtype, a shape and as many bytes as these need."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(shape, list) or not isinstance(offsets, list) or len(offsets) != 2:
+        return False
+    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        return False
+    size = ITEM_BYTES.get(entry["dtype"])
+    return offsets[0] <= offsets[1] and (size is None or size * math.prod(shape) == offsets[1] - offsets[0])
+
+
+def _safetensors_problem(file: Path) -> str:
+    actual = file.stat().st_size
+    if not actual:
+        return f"{file.name} is cut off: it is empty; copy it again."
     try:
         header = safetensors_header(file)
-    except (ValueError, UnicodeDecodeError) as error:
-        return f"its header cannot be read ({error})."
+    except ValueError as error:
+        return f"{file.name} is cut off: its header cannot be read ({error})."
     data = header.pop("__data__")
     expected = data + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    actual = file.stat().st_size
-    if actual == expected:
-        return ""
-    return f"it has {actual:,} bytes, its header promises {expected:,}; copy it again."
-
-
-def _bin_missing(file: Path) -> str:
-    """A `.bin` of torch 1.6 and later is a zip archive, whose table of contents stands at its end."""
-    with file.open("rb") as stream:
-        head = stream.read(4)
-    if not head:
-        return "it is empty; copy it again."
-    if head == b"PK\x03\x04" and not zipfile.is_zipfile(file):
-        return f"it has {file.stat().st_size:,} bytes and no end; copy it again."
+    if actual < expected:
+        return f"{file.name} is cut off: it has {actual:,} bytes, its header promises {expected:,}; copy it again."
+    if actual > expected:
+        return f"{file.name} has {actual:,} bytes, more than the {expected:,} of its header; copy it again."
     return ""
 
 
+def _bin_problem(file: Path) -> str:
+    """A `.bin` of torch 1.6 and later is a zip archive, whose table of contents stands at its end; older ones are
+    a row of pickles, and the first ones a tar archive."""
+    with file.open("rb") as stream:
+        head = stream.read(512)
+    if not head:
+        return f"{file.name} is cut off: it is empty; copy it again."
+    if head.startswith(b"PK\x03\x04"):
+        if zipfile.is_zipfile(file):
+            return ""
+        return f"{file.name} is cut off: it has {file.stat().st_size:,} bytes and no end; copy it again."
+    if head.startswith(b"\x80") or _is_tar(head):
+        return ""
+    return f"{file.name} is no file of weights: it begins with {head[:16]!r}."
+
+
+def _is_tar(head: bytes) -> bool:
+    return head[257:262] == b"ustar"
+
+
 def listing(files: Sequence[Path]) -> dict[str, Stored]:
-    """Every tensor of the files by name, without reading a weight. GLMError for a file that cannot be read."""
+    """Every tensor of the files by name, without reading a weight.
+
+    GLMError for a file that cannot be read, and for a tensor in two files of which the index names neither.
+    """
     found: dict[str, Stored] = {}
+    owners = _Owners(files)
     for file in files:
         _refuse_damaged(file)
         if file.suffix == ".safetensors":
             header = safetensors_header(file)
             header.pop("__data__")
-            for name, entry in header.items():
-                found[name] = Stored(name, file, tuple(entry["shape"]), str(entry["dtype"]))
+            entries = {
+                name: Stored(name, file, tuple(entry["shape"]), str(entry["dtype"]))
+                for name, entry in header.items()
+            }
         else:
-            for name, tensor in _unpickled(file, "meta").items():
-                dtype = TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."), "F32")
-                found[name] = Stored(name, file, tuple(tensor.shape), dtype)
+            entries = {
+                name: Stored(
+                    name,
+                    file,
+                    tuple(tensor.shape),
+                    TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."), "F32"),
+                )
+                for name, tensor in _unpickled(file, "meta").items()
+            }
+        found |= {name: entry for name, entry in entries.items() if owners.take(name, file)}
     return found
+
+
+class _Owners:
+    """Which file a tensor is read from where two hold it: the one that the index gives it to."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        self.first: dict[str, Path] = {}
+        self.index: dict[str, str] = {}
+        if len(files) > 1:
+            index = files[0].parent / INDEXES[0 if files[0].suffix == ".safetensors" else 1]
+            named = read_json(index).get("weight_map") if index.is_file() else None
+            self.index = named if isinstance(named, dict) else {}
+
+    def take(self, name: str, file: Path) -> bool:
+        """Whether a tensor met in this file counts; a later one that does replaces the earlier."""
+        before = self.first.setdefault(name, file)
+        if before == file:
+            return True
+        owner = self.index.get(name)
+        if owner not in (before.name, file.name):
+            raise GLMError(
+                f"{before.name} and {file.name} both hold {name}.",
+                "Copy the checkpoint again from its source.",
+            )
+        return owner == file.name
 
 
 def _refuse_damaged(file: Path) -> None:
@@ -190,13 +290,14 @@ def tensors(
     """
     from safetensors import SafetensorError, safe_open
 
+    owners = _Owners(files)
     for file in files:
         _refuse_damaged(file)
         if file.suffix == ".safetensors":
             try:
                 with safe_open(str(file), framework="pt", device="cpu") as opened:
                     for name in opened.keys():  # noqa: SIM118  (no mapping: it cannot be iterated)
-                        if wanted(name):
+                        if wanted(name) and owners.take(name, file):
                             yield name, opened.get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise GLMError(
@@ -206,7 +307,7 @@ def tensors(
             whole = _unpickled(file, "cpu")
             for name in list(whole):
                 tensor = whole.pop(name)
-                if wanted(name):
+                if wanted(name) and owners.take(name, file):
                     yield name, tensor
 
 
@@ -217,23 +318,71 @@ def _unpickled(file: Path, device: str) -> dict[str, Tensor]:
 
     import torch
 
+    zipped = zipfile.is_zipfile(file)
+    with file.open("rb") as stream:
+        if _is_tar(stream.read(512)):
+            raise GLMError(
+                f"{file.name} cannot be read: it is a tar archive as the first versions of torch wrote them.",
+                "Get the checkpoint as safetensors, or from a source you trust.",
+            )
     try:
-        loaded = torch.load(
-            file, map_location=device, weights_only=True, mmap=True if zipfile.is_zipfile(file) else None
-        )
-    except pickle.UnpicklingError as error:
-        called = re.search(r"GLOBAL ([\w.]+)", str(error))
-        raise GLMError(
-            f"{file.name} holds something other than tensors{f' ({called[1]})' if called else ''}, so it was not opened.",
-            "Get the checkpoint as safetensors, or from a source you trust.",
-        ) from error
+        loaded = torch.load(file, map_location=device, weights_only=True, mmap=True if zipped else None)
     except Exception as error:  # a damaged file surfaces as many types; the analyst needs one sentence
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        called = named[1] if named else _foreign(file, zipped)
+        if called or isinstance(error, pickle.UnpicklingError):
+            raise GLMError(
+                f"{file.name} holds something other than tensors{f' ({called})' if called else ''}, so it was not opened.",
+                "Get the checkpoint as safetensors, or from a source you trust.",
+            ) from error
+        said = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
         raise GLMError(
-            f"{file.name} cannot be read: {type(error).__name__}: {str(error).strip().splitlines()[0][:200]}.",
+            f"{file.name} cannot be read: {': '.join([type(error).__name__, *said[:1]])[:200]}.",
             "Copy the checkpoint again, or convert it to safetensors.",
         ) from error
-    if not isinstance(loaded, dict) or not all(
-        isinstance(tensor, torch.Tensor) for tensor in loaded.values()
-    ):
-        raise GLMError(f"{file.name} holds no table of tensors.", "Choose a file of weights.")
+    if not isinstance(loaded, dict):
+        raise GLMError(
+            f"{file.name} holds no table of tensors, it holds a {type(loaded).__name__}.",
+            "Choose a file of weights.",
+        )
+    for name, tensor in loaded.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise GLMError(
+                f"{file.name} holds no table of tensors: its {name!r} is a {type(tensor).__name__}.",
+                "Save the model's state_dict alone, or choose another file of weights.",
+            )
     return loaded
+
+
+def _foreign(file: Path, zipped: bool) -> str:
+    """The first thing that is no part of a tensor in a `.bin`, as posix.system; found without running anything."""
+    import io
+    import pickletools
+    from itertools import islice
+
+    try:
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                names = archive.namelist()
+                if any(name.endswith("/constants.pkl") for name in names):
+                    return "a TorchScript program"
+                pickled = [name for name in names if name.endswith("/data.pkl")]
+                stream: Any = io.BytesIO(archive.read(pickled[0]) if pickled else b"")
+        else:
+            stream = file.open("rb")
+        with stream:
+            for _ in range(
+                4
+            ):  # an old file has a magic number, a version and the system's sizes before the tensors
+                texts: list[str] = []
+                for code, value, _ in islice(pickletools.genops(stream), 1_000_000):
+                    called = str(value).replace(" ", ".") if code.name in ("GLOBAL", "INST") else ""
+                    if code.name == "STACK_GLOBAL":
+                        called = ".".join(texts[-2:])
+                    if called and not called.startswith(("torch.", "collections.OrderedDict")):
+                        return called
+                    if isinstance(value, str):
+                        texts.append(value)
+    except Exception:  # not a pickle to its end: what was found so far is nothing
+        return ""
+    return ""

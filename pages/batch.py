@@ -191,7 +191,7 @@ def make_task(engine: Engine, chosen: Chosen, asked: Asked) -> BatchTask:
         checkpoint=str(loaded.info.path),
         checkpoint_fingerprint=fingerprint(loaded.info.path, loaded.base.path if loaded.base else None),
         precision=loaded.precision,
-        device=str(loaded.device),
+        device=loaded.devices,
         template=asked.template,
         system=asked.system,
         settings=asked.settings,

@@ -1,4 +1,4 @@
-"""Models: what the allowed folders hold, what it needs, load, unload, and whether batched equals single."""
+"""Models: what the allowed folders hold, load it with its base, and whether it does what it should."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import streamlit as st
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
 from pages.shared import page, panels, pickers, state
+from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
     from glm_core.checkpoints import CheckpointInfo
+    from glm_core.effect import EffectReport
     from glm_core.engine import Engine
+
+NAMED = 12  # unused tensors shown by name
 
 
 def main() -> None:
@@ -34,7 +38,7 @@ def main() -> None:
     with st.container(key="models_columns"):
         left, right = st.columns([3, 2])
     with right.container(border=True):
-        load_panel([info for info in found if info.loadable])
+        load_panel(found)
     with left:
         listing(found)
     panels.rerun_on_model_change()
@@ -55,10 +59,11 @@ def in_memory() -> None:
                     actions(engine)
         if engine is not None and kind == "ready":
             loaded_facts(engine)
+            adapter_effect(engine)
             if panels.is_demo(name):
                 st.caption(f":material/school: {panels.demo_text()}")
         elif kind in ("loading", "starting"):
-            st.markdown(f":material/progress_activity: {t('Loading', '正在加载')} **{plain(name)}** …")
+            loading_now()
         else:
             st.caption(t("Nothing is loaded. Choose a checkpoint below.", "尚未加载模型，请在下方选择。"))
         if state.testing().busy:
@@ -67,8 +72,22 @@ def in_memory() -> None:
         for text in (*state.session("models_said", []), plain(said(state.testing().said))):
             if text:
                 st.caption(f":material/info: {text}")
-        if error := state.session("models_problem") or state.testing().error or state.model_error():
+        if error := (
+            state.session("models_problem")
+            or state.testing().error
+            or state.measuring().error
+            or state.model_error()
+        ):
             panels.problem(error)
+
+
+@live(run_every=0.5)
+def loading_now() -> None:
+    """How far the load under way is."""
+    kind, name = state.model_state()
+    if kind not in ("loading", "starting"):
+        st.rerun()
+    panels.loading_bar(name)
 
 
 def actions(engine: Engine) -> None:
@@ -132,8 +151,117 @@ def loaded_facts(engine: Engine) -> None:
                     f"加载前后本进程的内存（含程序库）。现在 {panels.format_bytes(memory.process_bytes)}。",
                 ),
             )
-    for note in status.notes:
-        st.caption(f":material/info: {plain(said(note))}")
+    report = engine.loaded.report
+    with st.container(gap="xxsmall"):
+        if info.adapter is not None:
+            method = panels.METHODS.get(info.adapter.method, plain(info.adapter.method))
+            base = engine.loaded.base
+            on = (
+                t(f" on **{plain(base.name)}**", f"，基座 **{plain(base.name)}**") if base is not None else ""
+            )
+            colon = t(": ", "：")
+            st.caption(f":material/extension: {method}{colon}{panels.adapter_text(info.adapter)}{on}")
+        used, unused, missing = len(report.used), len(report.unused), len(report.missing)
+        st.caption(
+            f":material/{'warning' if unused or missing else 'check'}: "
+            + t(
+                f"{used:,} tensors used, {unused:,} unused, {missing:,} missing",
+                f"张量：已用 {used:,}，未用 {unused:,}，缺少 {missing:,}",
+            )
+        )
+        if report.unused:
+            names = ", ".join(plain(name) for name in report.unused[:NAMED])
+            more = f" … +{unused - NAMED:,}" if unused > NAMED else ""
+            st.caption(t(f"Not used: {names}{more}", f"未使用：{names}{more}"))
+        for note in (*engine.loaded.notes, *status.notes):
+            st.caption(f":material/info: {plain(said(note))}")
+
+
+def adapter_effect(engine: Engine) -> None:
+    """Whether the loaded adapter changes any answer: the button, how far it is, and what was found."""
+    from glm_core import effect
+
+    if not effect.has_adapter(engine):
+        return
+    measuring = state.measuring()
+    report = measuring.report(engine)
+    with st.container(border=True, gap="small", key="effect"):
+        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+            st.markdown(f"**:material/difference: {t('The adapter', '适配器')}**", width="content")
+            if report is not None:
+                effect_badge(report)
+            st.space("stretch")
+            if st.button(
+                t("Did it take effect?", "是否生效？"),
+                icon=":material/compare_arrows:",
+                key="effect_start",
+                disabled=measuring.busy,
+                help=t(
+                    "Answers 8 short prompts with and without the adapter, greedily, and compares them. Other "
+                    "requests go on meanwhile, with the adapter.",
+                    "对 8 个简短的提示词分别在有和没有适配器时贪心作答并比较。其间其他请求照常进行，仍使用适配器。",
+                ),
+            ):
+                forget_what_was_said()
+                measuring.start(engine)
+                st.rerun()
+        if measuring.busy:
+            measuring_now()
+        elif report is not None:
+            effect_found(report)
+        else:
+            st.caption(
+                t(
+                    "Not tried yet: an adapter that was never trained loads as well as any other.",
+                    "尚未检查：从未训练过的适配器也能正常加载。",
+                )
+            )
+
+
+@live(run_every=1)
+def measuring_now() -> None:
+    """How far the answers with and without the adapter are."""
+    measuring = state.measuring()
+    if not measuring.busy:
+        st.rerun()
+    done, total = measuring.done, measuring.total
+    st.progress(min(1.0, done / total) if total else 0.0)
+    side = (
+        t("without the adapter", "没有适配器")
+        if 2 * done < total or not total
+        else t("with the adapter", "有适配器")
+    )
+    st.caption(t(f"Answering 8 prompts {side} …", f"正在回答 8 个提示词（{side}）……"))
+
+
+def effect_badge(report: EffectReport) -> None:
+    """How many answers the adapter changed."""
+    differing, total = report.effect.differing, report.effect.total
+    st.badge(
+        t(f"{differing} of {total} answers changed", f"{total} 个回答中有 {differing} 个改变"),
+        icon=":material/check_circle:" if differing else ":material/warning:",
+        color="green" if differing else "orange",
+    )
+
+
+def effect_found(report: EffectReport) -> None:
+    """The warning where no answer differs, and the answers side by side."""
+    if report.effect.warning:
+        st.warning(plain(said(report.effect.warning)), icon=":material/warning:")
+    with st.expander(t("The answers side by side", "回答对照")):
+        for prompt, without, with_ in zip(report.prompts, report.without, report.with_, strict=True):
+            same = without == with_
+            mark = ":gray[:material/equal:]" if same else ":green[:material/difference:]"
+            st.markdown(f"{mark} **{plain(prompt)}**")
+            with st.grid(2, min_column_width=220):
+                for label, answer in (
+                    (t("without the adapter", "没有适配器"), without),
+                    (t("with the adapter", "有适配器"), with_),
+                ):
+                    with st.container(border=True, gap="xxsmall"):
+                        st.caption(label)
+                        empty = f"*{t('empty', '空')}*"
+                        st.markdown("  \n".join(map(plain, answer.splitlines())) if answer.strip() else empty)
 
 
 def fact(label: str, value: str, detail: str, icon: str, explained: str | None = None) -> None:
@@ -171,38 +299,43 @@ def forget_what_was_said() -> None:
     state.session_set("models_said", [])
     if not state.testing().busy:
         state.testing().said, state.testing().error = "", None
+    if not state.measuring().busy:
+        state.measuring().error = None
 
 
-def load_panel(choices: list[CheckpointInfo]) -> None:
-    """Checkpoint, precision and device, what memory they will take, and the button."""
+def load_panel(found: list[CheckpointInfo]) -> None:
+    """Checkpoint, base, precision and device, what memory they will take, and the button."""
     panels.section(t("Load a model", "加载模型"), "play_circle")
+    choices = [info for info in found if info.loadable]
     if not choices:
         st.caption(t("No folder here can be loaded; the list says why.", "没有可加载的模型；原因见列表。"))
         return
     by_path = {str(info.path): info for info in choices}
     if state.session("models_choice") not in by_path:
-        engine = state.current_engine()
-        likely = str(engine.loaded.info.path if engine is not None else MINI)
-        state.session_set("models_choice", likely if likely in by_path else str(choices[0].path))
+        state.session_set("models_choice", likely_choice(by_path))
     chosen = st.selectbox(
         t("Checkpoint", "模型"),
         list(by_path),
-        format_func=lambda path: by_path[path].name,
+        format_func=lambda path: choice_name(by_path[path]),
         key="models_choice",
     )
     info = by_path[str(chosen)]
-    precision, device, generation = pickers.precision(), pickers.device(), pickers.generation(info)
-    resolved, need = pickers.expected_memory(info, precision, device)
+    on = pickers.base(info, choices) if info.needs_base else info
+    if on is None:
+        return
+    precision, device, generation = pickers.precision(on), pickers.device(), pickers.generation(on)
+    resolved, need = pickers.expected_memory(on, precision, device, info)
     engine = state.current_engine()
     available = psutil.virtual_memory().available
     free = available + (engine.status().weight_bytes if engine is not None else 0)
     st.progress(min(1.0, need / free) if free else 1.0)
     needs, has = panels.format_bytes(need), panels.format_bytes(free)
+    stored = f"INT{on.bits} + {resolved.upper()}" if on.bits else resolved.upper()
     st.caption(
         t(
-            f"**{needs}** for the weights in {resolved.upper()}, plus working memory. "
+            f"**{needs}** for the weights in {stored}, plus working memory. "
             f"{has} will be free once the present model is out.",
-            f"{resolved.upper()} 权重约需 **{needs}**，另需工作内存。卸载当前模型后可用 {has}。",
+            f"{stored} 权重约需 **{needs}**，另需工作内存。卸载当前模型后可用 {has}。",
         )
     )
     busy = state.model_state()[0] == "loading"
@@ -217,8 +350,24 @@ def load_panel(choices: list[CheckpointInfo]) -> None:
         forget_what_was_said()
         if info.name != MINI.name:
             state.remember_set("models.own_loaded", True)
-        state.load_model(info.path, precision, device, generation)
+        state.load_model(info.path, precision, device, generation, on.path if info.needs_base else None)
         st.rerun()
+
+
+def likely_choice(by_path: dict[str, CheckpointInfo]) -> str:
+    """What is being loaded or is loaded, else the embedded model, else the first."""
+    loading, engine = state.loading(), state.current_engine()
+    wanted = (
+        loading.path if loading.busy else None,
+        engine.loaded.info.path if engine is not None else None,
+        MINI,
+    )
+    return next((str(path) for path in wanted if path and str(path) in by_path), next(iter(by_path)))
+
+
+def choice_name(info: CheckpointInfo) -> str:
+    """A folder's name, with its method where it is an adapter."""
+    return f"{info.name} · {panels.METHODS[info.method]}" if info.method in panels.METHODS else info.name
 
 
 def listing(found: list[CheckpointInfo]) -> None:
@@ -239,12 +388,15 @@ def checkpoint_card(info: CheckpointInfo) -> None:
     """What a checkpoint folder holds, or what is wrong with it."""
     engine = state.current_engine()
     current = engine is not None and engine.loaded.info.path == info.path
+    beneath = engine is not None and engine.loaded.base is not None and engine.loaded.base.path == info.path
     with st.container(border=True, gap="xsmall", key=f"checkpoint_{abs(hash(info.path))}"):
         with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
             st.markdown(f"**{plain(info.name)}**", width="content")
-            st.badge(info.family, color="violet" if info.loadable else "gray")
+            kinds(info)
             if current:
                 st.badge(t("in memory", "已加载"), icon=":material/check_circle:", color="green")
+            elif beneath:
+                st.badge(t("base in memory", "已加载为基座"), icon=":material/check_circle:", color="green")
             if not info.loadable:
                 st.badge(t("cannot be loaded", "无法加载"), icon=":material/block:", color="orange")
             st.space("stretch")
@@ -258,6 +410,8 @@ def checkpoint_card(info: CheckpointInfo) -> None:
                     on_click=state.session_set,
                     args=("models_choice", str(info.path)),
                 )
+        if info.adapter is not None:
+            st.markdown(adapter_facts(info))
         if facts := checkpoint_facts(info):
             st.markdown(facts)
         for one in info.problems:
@@ -265,8 +419,58 @@ def checkpoint_card(info: CheckpointInfo) -> None:
         st.caption(f":material/folder: {plain(str(info.path))}")
 
 
+def kinds(info: CheckpointInfo) -> None:
+    """Badges of the family, the adapter's method and the precision stored."""
+    if info.family != "LoRA":  # which says nothing of the base
+        st.badge(plain(info.family), color="violet" if info.loadable else "gray")
+    if info.method:
+        st.badge(
+            panels.METHODS.get(info.method, plain(info.method.upper())),
+            icon=":material/extension:",
+            color="blue" if info.loadable else "gray",
+            help=t(
+                "An adapter alone: it is loaded onto the checkpoint it was trained on.",
+                "仅含适配器：加载到训练时所用的检查点之上。",
+            )
+            if info.needs_base
+            else t("A whole checkpoint with a prefix in it.", "完整的检查点，内含前缀。"),
+        )
+    if info.bits:
+        st.badge(
+            f"INT{info.bits}",
+            icon=":material/compress:",
+            color="gray",
+            help=t("How the linear layers are stored.", "线性层的存储方式。"),
+        )
+
+
+def adapter_facts(info: CheckpointInfo) -> str:
+    """Length or rank and layers of an adapter, its size, and the base it names."""
+    adapter = info.adapter
+    assert adapter is not None
+    parts = [text] if (text := panels.adapter_text(adapter)) else []
+    if adapter.parameters:
+        count, disk = panels.format_count(adapter.parameters), panels.format_bytes(adapter.size_bytes)
+        parts.append(t(f"{count} parameters, {disk}", f"{count} 参数，{disk}"))
+    if info.base:
+        parts.append(t(f"trained on {plain(info.base)}", f"基座：{plain(info.base)}"))
+    elif info.needs_base:
+        parts.append(t("names no base", "没有记录基座"))
+    return ":material/extension: " + " · ".join(parts)
+
+
+PROMPTS = {
+    "chatglm": "[Round 0]\\n问：",
+    "chatglm2": "[Round 1]\\n\\n问：",
+    "chatglm3": "<|user|>\\n",
+    "glm4": "[gMASK]<sop><|user|>\\n",
+}
+
+
 def checkpoint_facts(info: CheckpointInfo) -> str:
-    """Parameters, size, precision stored, layers and context in one line, as far as they are known."""
+    """Parameters, size, precision stored, layers, context and prompts in one line, as far as they are known."""
+    if info.needs_base:  # what its config.json says is the base's
+        return ""
     parts = []
     if info.parameters:
         parts.append(
@@ -277,7 +481,7 @@ def checkpoint_facts(info: CheckpointInfo) -> str:
         )
     if info.size_bytes:
         disk = panels.format_bytes(info.size_bytes)
-        stored = f" {info.dtype}" if info.dtype else ""
+        stored = f" {plain(info.dtype)}" if info.dtype else ""
         parts.append(t(f"{disk}{stored} on disk", f"磁盘 {disk}{stored}"))
     if info.layers:
         parts.append(
@@ -285,6 +489,10 @@ def checkpoint_facts(info: CheckpointInfo) -> str:
         )
     if info.context:
         parts.append(t(f"context {info.context:,}", f"上下文 {info.context:,}"))
+    if info.generation in PROMPTS:
+        parts.append(t("prompts", "提示") + f" `{PROMPTS[info.generation]}`")
+    elif info.generation == "template":
+        parts.append(t("prompts by its chat template", "提示由对话模板生成"))
     return " · ".join(parts)
 
 

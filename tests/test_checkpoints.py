@@ -104,7 +104,7 @@ def _break(folder: Path, how: str) -> None:
         weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "foreign":
         (folder / "config.json").write_text('{"model_type": "vit"}')
-    elif how == "another model":  # of seven billion parameters by default
+    elif how == "another model":
         (folder / "config.json").write_text('{"model_type": "llama"}')
     elif how == "no config":
         (folder / "config.json").unlink()
@@ -132,7 +132,7 @@ def _break(folder: Path, how: str) -> None:
         ("pointer", "model.safetensors is a Git LFS pointer"),
         ("truncated", "model.safetensors is cut off"),
         ("foreign", "model_type 'vit', which is no text model"),
-        ("another model", "describes 6,738,415,616 weights, the files hold"),
+        ("another model", "they are of another model than config.json"),
         ("no config", "has no config.json"),
         ("damaged config", "config.json cannot be read"),
         ("no tokenizer", "tokenizer.model is missing"),

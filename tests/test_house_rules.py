@@ -16,11 +16,11 @@ CORE = REPOSITORY / "glm_core"
 # Each line may import the lines below it.
 LAYERS = (
     ("__main__", "cli", "doctor", "server", "minimodel"),
-    ("chat", "batch", "classify", "evaluate", "compare", "finetune", "memory"),
+    ("chat", "batch", "classify", "evaluate", "compare", "finetune", "memory", "effect"),
     ("engine", "jobs"),
     ("checkpoints", "tables", "metrics", "statistics"),
     ("adapters", "quantization", "linear", "models", "tokenizers"),
-    ("weights",),
+    ("weights", "devices"),
     ("settings", "errors"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from glm_core.checkpoints import load_tokenizer
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
 from glm_core.tokenizers import chatglm, chatglm2, glm4
@@ -458,6 +460,32 @@ def test_only_an_end_that_may_change_is_held_back(text, kept):
 
 
 # --- ChatGLM-6B -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "told", "images"),
+    [
+        (150528, {"eos_token": "</s>"}, 20_000),  # March 2023
+        (130528, {"eos_token": "</s>"}, 0),  # a week of April 2023: neither the key nor the pictures
+        (130528, {"eos_token": "<eop>", "num_image_tokens": 0}, 0),
+        (150528, {"num_image_tokens": 20_000}, 20_000),
+        (150528, None, 20_000),  # tokenizer_config.json was not copied
+        (130528, None, 0),
+        (400, None, 0),
+    ],
+)
+def test_v1_counts_its_picture_ids_by_the_rows_of_the_embedding(
+    base_vocabulary, tmp_path, rows, told, images
+):
+    shutil.copy(base_vocabulary, tmp_path / "ice_text.model")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "chatglm", "vocab_size": rows}))
+    if told is not None:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    ours = load_tokenizer(tmp_path, "chatglm")
+    assert isinstance(ours, ChatGLMTokenizer) and ours.num_image_tokens == images
+    assert ours.first_release == ((told or {}).get("eos_token") == "</s>")
+    plain = ChatGLMTokenizer(base_vocabulary)
+    assert ours.encode("你好") == [i + images for i in plain.encode("你好")]
 
 
 @pytest.mark.parametrize("text", ["a  b", "  \t\n\n x", "a" + " " * 250 + "b", "tab\tand   three\n"])

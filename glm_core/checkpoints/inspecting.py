@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,19 @@ FAMILIES = {"chatglm": "ChatGLM", "chatglm2": "ChatGLM2", "chatglm3": "ChatGLM3"
 NATIVE = {"glm": "GLM-4", "glm4": "GLM-4-0414", "llama": "LLaMA", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 TOKENIZERS = {"chatglm": "ice_text.model", "chatglm2": "tokenizer.model", "chatglm3": "tokenizer.model",
               "glm4": "tokenizer.model"}  # fmt: skip
+# What a released config.json must say, and the tensor that every checkpoint of the layout has.
+SIZES = {
+    "chatglm": ("vocab_size", "hidden_size", "inner_hidden_size", "num_layers", "num_attention_heads", "bos_token_id",
+                "eos_token_id"),
+    "chatglm2": ("padded_vocab_size", "hidden_size", "ffn_hidden_size", "num_layers", "num_attention_heads",
+                 "multi_query_group_num", "kv_channels", "layernorm_epsilon", "seq_length"),
+}  # fmt: skip
+EMBEDDING = {"chatglm": "transformer.word_embeddings.weight",
+             "chatglm2": "transformer.embedding.word_embeddings.weight"}  # fmt: skip
+COUNTS = ("max_sequence_length", "max_position_embeddings", "num_hidden_layers", "pre_seq_len",
+          "layernorm_epsilon")  # fmt: skip
+UNFINISHED = ".partial"  # ends the name of a folder that is still being written
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 GLM4_VOCABULARY = 100_000  # padded; ChatGLM2/3 have 65,024, GLM-4 has 151,552
 
 
@@ -76,13 +90,13 @@ def find(roots: Iterable[Path]) -> list[CheckpointInfo]:
     """Every folder with a config.json or an adapter_config.json under the roots, at most two levels down, by name."""
     found: dict[Path, CheckpointInfo] = {}
     for root in roots:
-        if not root.is_dir():
+        if not os.path.isdir(root):
             continue
         for level in ("", "*/", "*/*/"):
             for name in ("config.json", "adapter_config.json"):
                 for config in sorted(root.glob(level + name)):
                     folder = config.parent.resolve()
-                    if folder not in found:
+                    if folder not in found and not folder.name.endswith(UNFINISHED):
                         try:
                             found[folder] = inspect(folder)
                         except GLMError as error:
@@ -109,12 +123,27 @@ def inspect(folder: Path) -> CheckpointInfo:
 
     GLMError where the folder is no checkpoint, or so damaged that not even this can be said.
     """
-    folder = Path(folder).resolve()
+    try:
+        folder = Path(folder).resolve()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # a link in a circle is a RuntimeError until Python 3.13
+        raise GLMError(f"{folder!s} leads to no folder.", "Check the path of the checkpoint.") from error
     try:
         if folder.is_dir() and (folder / "adapter_config.json").is_file():
             return _inspect_lora(folder)
         return _inspect(folder, read_config(folder))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise GLMError(
             f"The files in {folder} are damaged ({type(error).__name__}: {str(error)[:200]}).",
             "Copy the checkpoint again from its source.",
@@ -145,7 +174,7 @@ def generation_of(folder: Path, config: Mapping[str, Any]) -> str:
             stated = None  # the tokenizer will say so
         if stated in FAMILIES:
             return str(stated)
-    if architecture == "chatglm2" and int(config.get("padded_vocab_size", 0)) > GLM4_VOCABULARY:
+    if architecture == "chatglm2" and _number(config, "padded_vocab_size") > GLM4_VOCABULARY:
         return "glm4"
     if architecture != "chatglm2":
         return "template"
@@ -159,24 +188,27 @@ def generation_of(folder: Path, config: Mapping[str, Any]) -> str:
 def _inspect(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
     architecture = architecture_of(config)
     generation = generation_of(folder, config)
-    problems: list[str] = []
-    if architecture not in ("chatglm", "chatglm2", *NATIVE) and architecture not in native_architectures():
-        problems.append(
-            f"config.json says model_type {architecture!r}, which is no text model that transformers has."
-        )
-    bits = int(config.get("quantization_bit") or 0)
-    if bits not in (0, 4, 8):
-        problems.append(f"config.json says quantization_bit {bits}; INT8 and INT4 can be loaded.")
-    adapter = None
-    if config.get("pre_seq_len"):
-        from ..adapters import inspect_adapter  # brings torch, which most folders do not need
-
-        adapter = inspect_adapter(folder)
+    problems = _config_problems(config, architecture)
+    bits = _number(config, "quantization_bit")
     files, file_problems = weight_files(folder)
     problems += file_problems
-    if adapter is None or adapter.with_base:
-        problems += _tokenizer_problems(folder, generation)
-    stored = listing(files) if files and not file_problems and can_list(files) else {}
+    stored: Mapping[str, Stored] = {}
+    adapter = None
+    prefixed = _number(config, "pre_seq_len") > 0
+    if files and not file_problems:
+        try:
+            if prefixed:
+                from ..adapters import inspect_adapter  # brings torch, which most folders do not need
+
+                adapter = inspect_adapter(folder)
+                problems += _prefix_problems(folder, config, adapter)
+            stored = listing(files) if can_list(files) else {}
+        except GLMError as error:
+            problems.append(str(error))
+    if adapter.with_base if adapter is not None else not prefixed:
+        if stored and not problems:
+            problems += _weight_problems(stored, config, architecture)
+        problems += _tokenizer_problems(folder, generation, architecture)
     parameters, linear, dtype = _count(stored, bits) if stored else (_expected_parameters(config), 0, "")
     return CheckpointInfo(
         path=folder,
@@ -213,18 +245,162 @@ def _inspect_lora(folder: Path) -> CheckpointInfo:
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:
-    return next((int(config[name]) for name in names if config.get(name)), 0)
+    """The first of these that is there as a whole number, else 0."""
+    return next((config[name] for name in names if type(config.get(name)) is int), 0)
 
 
-def _tokenizer_problems(folder: Path, generation: str) -> list[str]:
+def _config_problems(config: Mapping[str, Any], architecture: str) -> list[str]:
+    """What a config.json lacks or says wrongly, as far as the program depends on it."""
+    problems = []
+    if "model_type" not in config:
+        problems.append("config.json names no model_type.")
+    elif architecture not in ("chatglm", "chatglm2", *NATIVE) and architecture not in native_architectures():
+        problems.append(
+            f"config.json says model_type {architecture!r}, which is no text model that transformers has."
+        )
+    sizes = SIZES.get(architecture, ())
+    if absent := [key for key in sizes if config.get(key) is None]:
+        problems.append(f"config.json has no {', '.join(absent)}.")
+    for key in dict.fromkeys((*sizes, "hidden_size", *COUNTS)):
+        value = config.get(key)
+        if value is None or key == "eos_token_id":  # of which newer files list several
+            continue
+        least = 0 if key in ("bos_token_id", "pre_seq_len") else 1
+        whole = type(value) is int and value >= least
+        if not whole and not (key == "layernorm_epsilon" and isinstance(value, float) and value > 0):
+            problems.append(f"config.json says {key} {value!r}, where a positive number belongs.")
+    if (bits := config.get("quantization_bit")) not in (None, 0, 4, 8):
+        problems.append(f"config.json says quantization_bit {bits!r}; INT8 and INT4 can be loaded.")
+    return problems
+
+
+def _prefix_problems(folder: Path, config: Mapping[str, Any], adapter: AdapterInfo | None) -> list[str]:
+    """Why the prefix that a config.json promises cannot be used."""
+    if adapter is None:
+        return [f"config.json says pre_seq_len {config['pre_seq_len']}, the weights hold no prefix."]
+    if "hidden_size" not in config:
+        return []
+    try:
+        adapter.check_base(config, folder.name)  # of the folder's own sizes, which are its base's
+    except GLMError as error:
+        return [error.message]
+    return []
+
+
+def _weight_problems(stored: Mapping[str, Stored], config: Mapping[str, Any], architecture: str) -> list[str]:
+    """Where the headers of the weights contradict config.json; the shape of every tensor is checked while loading."""
+    problems = []
+    said = _number(config, "num_layers", "num_hidden_layers")
+    layers = {int(found[1]) for name in stored if (found := LAYER.search(name))}
+    embedding = EMBEDDING.get(architecture)
+    if embedding is None and architecture not in NATIVE:
+        return []
+    if embedding not in stored and (
+        embedding or not any(name.endswith("embed_tokens.weight") for name in stored)
+    ):
+        missing = embedding or "model.embed_tokens.weight"
+        return [
+            f"The weights have no {missing}, but {min(stored)}: they are of another model than config.json."
+        ]
+    if said and len(layers) != said:
+        problems.append(f"config.json says {said} layers, the weights have {len(layers)}.")
+    if embedding is None:
+        return problems
+    quantized_embedding = bool(config.get("quantization_embeddings"))
+    expected = (_number(config, "vocab_size", "padded_vocab_size"), _number(config, "hidden_size"))
+    shape = stored[embedding].shape
+    if shape != expected and not quantized_embedding:
+        problems.append(f"{embedding} has the shape {shape}, config.json says {expected}.")
+    bits = _number(config, "quantization_bit")
+    faults: dict[str, str] = {}  # the first tensor with a fault stands for all
+    for name, tensor in stored.items():
+        coded = LINEAR.search(name) or (quantized_embedding and name in (embedding, "lm_head.weight"))
+        if tensor.dtype.startswith(("F", "BF")):
+            continue
+        if not coded:
+            faults.setdefault("type", f"{name} is stored as {tensor.dtype}, where floats belong.")
+        elif not bits:
+            faults.setdefault(
+                "bits", f"{name} is stored as {tensor.dtype}, but config.json has no quantization_bit."
+            )
+        else:
+            _code_faults(faults, tensor, stored.get(f"{name}_scale"), bits, _inputs(config, name))
+    return problems + list(faults.values())
+
+
+def _code_faults(faults: dict[str, str], codes: Stored, scale: Stored | None, bits: int, inputs: int) -> None:
+    """Add what is wrong with the codes and the scales of one quantized layer."""
+    rows, columns = codes.shape if len(codes.shape) == 2 else (0, 0)
+    other = 12 - bits  # 8 or 4
+    if inputs and columns == inputs * other // 8:
+        faults.setdefault(
+            "packed",
+            f"{codes.name} has {columns} columns, as in INT{other}; config.json says quantization_bit {bits}.",
+        )
+    if scale is None:
+        faults.setdefault(
+            "scale", f"{codes.name} has no {codes.name}_scale, without which its codes mean nothing."
+        )
+    elif scale.shape != (rows,):
+        faults.setdefault("scale", f"{scale.name} has the shape {scale.shape}, its layer has {rows} rows.")
+
+
+def _inputs(config: Mapping[str, Any], name: str) -> int:
+    """How many numbers a linear layer of the released layouts reads."""
+    hidden = _number(config, "hidden_size")
+    part = name.split(".")[-2]
+    if part == "dense_4h_to_h":
+        return _number(config, "inner_hidden_size", "ffn_hidden_size")
+    if part == "dense" and "kv_channels" in config:
+        return _number(config, "num_attention_heads") * _number(config, "kv_channels")
+    return hidden
+
+
+def _tokenizer_problems(folder: Path, generation: str, architecture: str) -> list[str]:
+    problems: list[str] = []
+    told: dict[str, Any] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        try:
+            told = read_json(folder / "tokenizer_config.json")
+        except GLMError as error:
+            problems.append(error.message)
     name = TOKENIZERS.get(generation)
-    if name is None:
-        if any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            return []
-        return ["There is no tokenizer: neither tokenizer.json, tokenizer.model nor vocab.json."]
-    if not (folder / name).is_file():
-        return [f"{name} is missing."]
-    return [f"{name} is a Git LFS pointer, not the file itself."] if is_lfs_pointer(folder / name) else []
+    if name is not None:
+        return [*_file_problems(folder / name), *problems]
+    there = [
+        name for name in ("tokenizer.json", "tokenizer.model", "vocab.json") if (folder / name).is_file()
+    ]
+    if not there:
+        return ["There is no tokenizer: neither tokenizer.json, tokenizer.model nor vocab.json.", *problems]
+    problems = [*_file_problems(folder / there[0]), *problems]
+    remote = told.get("auto_map")
+    if isinstance(remote, dict):
+        remote = remote.get("AutoTokenizer")
+    if remote and not _knows_tokenizer(told.get("tokenizer_class"), architecture):
+        problems.append(
+            f"tokenizer_config.json asks for {told.get('tokenizer_class')!r}, a class in the folder's own code, "
+            "which is never run."
+        )
+    return problems
+
+
+def _knows_tokenizer(name: Any, architecture: str) -> bool:
+    """Whether transformers has this tokenizer itself; else it would ask on the terminal whether to run the folder's."""
+    from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
+    if architecture in CONFIG_MAPPING and CONFIG_MAPPING[architecture] in TOKENIZER_MAPPING:
+        return True
+    name = str(name).removesuffix("Fast")
+    return any(tokenizer_class_from_name(candidate) is not None for candidate in (name, f"{name}Fast"))
+
+
+def _file_problems(file: Path) -> list[str]:
+    if not file.is_file():
+        return [f"{file.name} is missing."]
+    if not file.stat().st_size:
+        return [f"{file.name} is cut off: it is empty; copy it again."]
+    return [f"{file.name} is a Git LFS pointer, not the file itself."] if is_lfs_pointer(file) else []
 
 
 def native_architectures() -> frozenset[str]:
@@ -264,7 +440,7 @@ def _expected_parameters(config: Mapping[str, Any]) -> int:
         qkv = queries + 2 * config["multi_query_group_num"] * config["kv_channels"]
         layer = hidden * qkv + qkv + queries * hidden + 3 * hidden * config["ffn_hidden_size"] + 2 * hidden
         return int(2 * config["padded_vocab_size"] * hidden + layers * layer + hidden)
-    except KeyError:
+    except (KeyError, TypeError, ValueError):
         return 0
 
 

@@ -1,7 +1,7 @@
 """Write checkpoints: in the released layout, merged with an adapter, quantized, or in the layout of transformers.
 
 Weights are written as safetensors in shards, tensor by tensor, into a folder beside the target that takes its name
-once it is whole: an interrupted save leaves nothing that looks like a checkpoint.
+once it is whole, config.json last: an interrupted save leaves nothing that looks like a checkpoint.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GLMError
-from ..weights import tensors, weight_files
-from .inspecting import PREFIX_KEYS, read_config
+from ..weights import read_json, tensors, weight_files
+from .inspecting import PREFIX_KEYS, UNFINISHED, read_config
 from .loading import LoadedModel, Progress, load
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2 << 30
 BESIDE = ("tokenizer.model", "ice_text.model", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
+# What an interrupted save may have left, and the next one to the same place may delete.
+OWN = (*BESIDE, "config.json", "*.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -95,11 +99,16 @@ def convert_to_glm(
         "architectures": ["GlmForCausalLM"],
         "torch_dtype": DTYPES[loaded.precision],
     }
-    out = write(folder, loaded.model.state_dict().items(), config, info.path)
-    marked = out / "tokenizer_config.json"
-    told = json.loads(marked.read_text(encoding="utf-8")) if marked.is_file() else {}
-    _write_json(marked, told | {"glm_generation": loaded.tokenizer.generation})
-    return out
+    marked = info.path / "tokenizer_config.json"
+    told = read_json(marked) if marked.is_file() else {}
+    return write(
+        folder,
+        loaded.model.state_dict().items(),
+        config,
+        info.path,
+        total=loaded.weight_bytes,
+        tokenizer_config=told | {"glm_generation": loaded.tokenizer.generation},
+    )
 
 
 def merge(
@@ -139,27 +148,37 @@ def export(path: str | Path, folder: str | Path, progress: Progress | None = Non
     }
     if not state:
         raise GLMError(f"{source.name} has no P-tuning v2 prefix.", "Choose a folder made by P-tuning v2.")
-    target, partial = _open(folder)
-    torch.save(state, partial / "pytorch_model.bin")
-    _write_json(partial / "config.json", config)
-    partial.rename(target)
-    return target
+    with _into(folder) as partial:
+        try:
+            torch.save(state, partial / "pytorch_model.bin")
+        except RuntimeError as error:  # how torch reports a full disk
+            raise OSError(str(error).splitlines()[0].rstrip(".")) from error
+        _write_json(partial / "config.json", config)
+    return Path(folder).expanduser().resolve()
 
 
 def write(
     folder: str | Path, state: Iterable[tuple[str, Tensor]], config: dict[str, Any], beside: Path,
-    progress: Progress | None = None, total: int = 0,
+    progress: Progress | None = None, total: int = 0, tokenizer_config: dict[str, Any] | None = None,
 ) -> Path:  # fmt: skip
-    """config.json, shards of safetensors with their index, and the tokenizer's files copied from `beside`."""
+    """config.json, shards of safetensors with their index, and the tokenizer's files copied from `beside`.
+
+    total             bytes of the weights, where known: a disk with less room is refused before anything is written
+    tokenizer_config  in place of the copied tokenizer_config.json
+    GLMError where the folder exists and is not empty, or cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    target, partial = _open(folder)
-    try:
+    with _into(folder, total) as partial:
         names: dict[str, int] = {}
         shards = 0
         written = 0
         for shards, shard in enumerate(_shards(state), 1):
-            save_file(shard, partial / f"part-{shards:05}.safetensors", metadata={"format": "pt"})
+            try:
+                save_file(shard, partial / f"part-{shards:05}.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:  # how safetensors reports a full disk
+                raise OSError(str(error).rstrip(".")) from error
             names |= dict.fromkeys(shard, shards)
             written += sum(tensor.numel() * tensor.element_size() for tensor in shard.values())
             if progress is not None:
@@ -175,33 +194,55 @@ def write(
                 {"metadata": {"total_size": written},
                  "weight_map": {name: f"model-{n:05}-of-{shards:05}.safetensors" for name, n in names.items()}},
             )  # fmt: skip
-        _write_json(partial / "config.json", config)
         for name in BESIDE:
             if (beside / name).is_file():
                 shutil.copyfile(beside / name, partial / name)
+        if tokenizer_config is not None:
+            _write_json(partial / "tokenizer_config.json", tokenizer_config)
+        _write_json(partial / "config.json", config)
+    return Path(folder).expanduser().resolve()
+
+
+@contextmanager
+def _into(folder: str | Path, total: int = 0) -> Iterator[Path]:
+    """An empty folder beside the target to write into, which takes the target's name at the end.
+
+    It is deleted where the writing fails or is stopped; a system error becomes a GLMError.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise GLMError(f"{target} exists already.", "Choose a new folder.")
+    partial = target.with_name(target.name + UNFINISHED)
+    if partial.exists() and not _is_left_over(partial):
+        raise GLMError(f"{partial} exists already.", "Choose a new folder.")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if total > free:
+            raise GLMError(
+                f"{target} needs {total / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free there.",
+                "Choose a folder with enough room.",
+            )
+        yield partial
+        if target.is_dir():
+            target.rmdir()  # empty, as checked above
+        partial.rename(target)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise GLMError(
             f"{target} cannot be written: {error}.", "Choose a folder with enough room."
         ) from error
-    partial.rename(target)
-    return target
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
-def _open(folder: str | Path) -> tuple[Path, Path]:
-    """(the target, an empty folder beside it to write into)."""
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise GLMError(f"{target} exists already.", "Choose a new folder.")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        if target.is_dir():
-            target.rmdir()
-    except OSError as error:
-        raise GLMError(f"{target} cannot be written: {error}.", "Choose another folder.") from error
-    return target, partial
+def _is_left_over(partial: Path) -> bool:
+    """Whether a folder holds nothing but what a save writes."""
+    return partial.is_dir() and all(
+        path.is_file() and any(fnmatch(path.name, own) for own in OWN) for path in partial.iterdir()
+    )
 
 
 def _shards(state: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -91,9 +91,75 @@ def parser() -> argparse.ArgumentParser:
         if name != "export":
             two.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: bf16")
 
+    _finetune(commands)
     one = _command(commands, "doctor", "what is installed, what is missing, how to get it", "")
     one.add_argument("--json", action="store_true", help="for programs")
     return top
+
+
+def _finetune(commands: Any) -> None:
+    """The flags of the published ptuning scripts, so that a tutorial's command works; their defaults, where sane."""
+    one = _command(
+        commands, "finetune", "fine-tune a checkpoint",
+        "The flags are those of the ptuning scripts of ChatGLM-6B and ChatGLM2-6B.",
+    )  # fmt: skip
+    does = one.add_argument_group("what to do")
+    does.add_argument("--do_train", action="store_true")
+    does.add_argument(
+        "--do_predict", action="store_true", help="answer a labelled file and score the answers"
+    )
+    does.add_argument("--do_eval", action="store_true", help="accepted; the dev loss is always shown")
+    does.add_argument("--output_dir", required=True, metavar="FOLDER")
+    does.add_argument("--overwrite_output_dir", action="store_true", help="else an interrupted run goes on")
+    data = one.add_argument_group("data")
+    for name in ("train_file", "validation_file", "test_file"):
+        data.add_argument(f"--{name}", metavar="FILE")
+    for name in ("prompt_column", "response_column", "history_column"):
+        data.add_argument(f"--{name}", metavar="NAME", help="default: found out")
+    data.add_argument(
+        "--source_prefix", type=_text, default="", metavar="TEXT", help="put before every prompt"
+    )
+    data.add_argument(
+        "--max_source_length", type=_positive, default=64, metavar="N", help="tokens; default: 64"
+    )
+    data.add_argument(
+        "--max_target_length", type=_positive, default=64, metavar="N", help="tokens; default: 64"
+    )
+    for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+        data.add_argument(f"--{name}", type=_positive, metavar="N")
+    data.add_argument("--overwrite_cache", action="store_true", help="encode the rows anew")
+    data.add_argument("--preprocessing_num_workers", type=int, metavar="N", help="accepted; not needed")
+    model = one.add_argument_group("model and method")
+    model.add_argument("--model_name_or_path", metavar="PATH", help="default: the embedded model")
+    model.add_argument("--pre_seq_len", type=_positive, metavar="N", help="P-tuning v2 with so many columns")
+    model.add_argument("--prefix_projection", action="store_true")
+    model.add_argument("--lora_rank", type=_positive, metavar="N", help="LoRA")
+    model.add_argument("--lora_alpha", type=float, default=32.0, metavar="A", help="default: 32")
+    model.add_argument("--lora_dropout", type=float, default=0.1, metavar="P", help="default: 0.1")
+    model.add_argument("--freeze_layers", type=_positive, metavar="N", help="train the last N layers' MLPs")
+    model.add_argument(
+        "--ptuning_checkpoint", metavar="FOLDER", help="an adapter to go on from, or to predict with"
+    )
+    model.add_argument("--quantization_bit", type=int, choices=(4, 8))
+    model.add_argument("--fp16", action="store_true")
+    model.add_argument("--bf16", action="store_true")
+    model.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    loop = one.add_argument_group("training")
+    loop.add_argument("--per_device_train_batch_size", type=_positive, default=1, metavar="N")
+    loop.add_argument("--per_device_eval_batch_size", type=_positive, default=1, metavar="N", help="accepted")
+    loop.add_argument("--gradient_accumulation_steps", type=_positive, default=16, metavar="N")
+    loop.add_argument("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    loop.add_argument("--predict_with_generate", action="store_true", help="accepted; always so")
+    loop.add_argument("--max_steps", type=_positive, default=3000, metavar="N", help="default: 3000")
+    loop.add_argument("--logging_steps", type=_positive, default=10, metavar="N")
+    loop.add_argument("--save_steps", type=_positive, default=1000, metavar="N")
+    loop.add_argument("--save_total_limit", type=_positive, default=3, metavar="N")
+    loop.add_argument("--learning_rate", type=float, metavar="R", help="default: by the method")
+    loop.add_argument("--warmup_steps", type=int, default=0, metavar="N")
+    loop.add_argument("--lr_scheduler_type", choices=("linear", "cosine", "constant"), default="linear")
+    loop.add_argument("--weight_decay", type=float, default=0.0, metavar="W")
+    loop.add_argument("--max_grad_norm", type=float, default=1.0, metavar="N")
+    loop.add_argument("--seed", type=int, default=42)
 
 
 def _command(commands: Any, name: str, does: str, more: str) -> argparse.ArgumentParser:

@@ -15,8 +15,11 @@ from pages.shared.text import plain, said, t
 if TYPE_CHECKING:
     from streamlit.delta_generator import DeltaGenerator
 
+    from glm_core.adapters import AdapterInfo
     from glm_core.engine import Engine
 
+READ = 0.99  # a file's header is not counted as read
+METHODS = {"lora": "LoRA", "p-tuning-v2": "P-tuning v2"}
 STATES = {
     "ready": ("ready", "就绪", "green", ":material/check_circle:"),
     "loading": ("loading", "加载中", "orange", ":material/progress_activity:"),
@@ -97,8 +100,7 @@ def _no_model_box() -> None:
         st.rerun()
     with st.container(border=True, key="no_model"):
         if kind in ("loading", "starting"):
-            st.markdown(f"**:material/progress_activity: {t('Loading', '正在加载')} {plain(name)} …**")
-            st.progress(1.0 if kind == "loading" else 0.4)
+            loading_bar(name)
             st.caption(
                 t(
                     "The page opens by itself when the model is ready. The first load takes some seconds.",
@@ -125,12 +127,30 @@ def _no_model_box() -> None:
             )
 
 
+def loading_bar(name: str) -> None:
+    """Name, share and bytes of the load under way; drawn again and again by a live part."""
+    share, total = state.loading_progress()
+    st.markdown(f"**:material/progress_activity: {t('Loading', '正在加载')} {plain(name)} …**")
+    st.progress(share)
+    percent = f"{100 * share:.0f} %"
+    if share <= 0:
+        text = t("Preparing …", "正在准备……")
+    elif share >= READ:
+        text = t("Read. Putting it together and checking its numbers …", "读取完毕，正在组装并检查数值……")
+    elif total:
+        done, all_of_it = format_bytes(share * total), format_bytes(total)
+        text = t(f"{done} of {all_of_it} read ({percent})", f"已读取 {done} / {all_of_it}（{percent}）")
+    else:
+        text = t(f"{percent} read", f"已读取 {percent}")
+    st.caption(text)
+
+
 @live(run_every=1)
 def rerun_on_model_change() -> None:
     """Draw the page anew when a model was loaded, unloaded or tested, by whatever screen or job."""
     engine = state.current_engine()
     exact = engine.status().exact if engine is not None else None
-    now = (*state.model_state(), exact, state.testing().busy)
+    now = (*state.model_state(), exact, state.testing().busy, state.measuring().busy)
     if state.session("model_seen", now) != now:
         state.session_set("model_seen", now)
         st.rerun()
@@ -146,11 +166,28 @@ def demo_text() -> str:
     """The sentence of `demo_note`."""
     return t(
         f"**{MINI.name}** is a demonstration model: small enough to ship with the workbench, so that every "
-        "page works at once. Do not rely on its answers; load your own ChatGLM2 or ChatGLM3 checkpoint on the "
+        "page works at once. Do not rely on its answers; load your own GLM checkpoint on the "
         "Models page.",
         f"**{MINI.name}** 是演示模型：体积小，随工作台一起提供，让每个页面都能立即使用。"
-        "请勿依赖它的回答；请在“模型”页加载您自己的 ChatGLM2 或 ChatGLM3 模型。",
+        "请勿依赖它的回答；请在“模型”页加载您自己的 GLM 模型。",
     )
+
+
+def adapter_text(adapter: AdapterInfo) -> str:
+    """What an adapter is in one line: length or rank, strength and layers."""
+    if adapter.method == "p-tuning-v2":
+        projection = t(" with projection", "，带投影") if adapter.projection else ""
+        return t(
+            f"prefix of {adapter.prefix_length:,} columns{projection}",
+            f"前缀 {adapter.prefix_length:,} 列{projection}",
+        )
+    if adapter.method == "lora":
+        targets = plain(", ".join(adapter.targets))
+        return t(
+            f"rank {adapter.rank}, alpha {adapter.alpha:g}, on {targets}",
+            f"秩 {adapter.rank}，alpha {adapter.alpha:g}，作用于 {targets}",
+        )
+    return ""
 
 
 def is_demo(name: str) -> bool:

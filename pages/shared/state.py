@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from glm_core.settings import MINI, Settings
 if TYPE_CHECKING:
     from glm_core.chat import ConversationStore
     from glm_core.checkpoints import CheckpointInfo
+    from glm_core.effect import EffectReport
     from glm_core.engine import Engine, EngineHost
     from glm_core.jobs import JobStore, Supervisor
 
@@ -140,7 +142,7 @@ class Loading:
     """The last load asked for on a screen: it goes on when the screen is left."""
 
     def __init__(self) -> None:
-        self.name = ""
+        self.path: Path | None = None
         self.error: GLMError | None = None
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -149,20 +151,31 @@ class Loading:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, path: Path, precision: str, device: str, generation: str | None) -> None:
+    @property
+    def name(self) -> str:
+        return self.path.name if self.path else ""
+
+    def start(
+        self, path: Path, precision: str, device: str, generation: str | None, base: Path | None = None
+    ) -> None:
         """Load a checkpoint in the background; a second click while one is loading changes nothing."""
         with self._lock:
             if self.busy:
                 return
-            self.name, self.error = path.name, None
+            self.path, self.error = path, None
             self._thread = threading.Thread(
-                target=self._run, args=(path, precision, device, generation), name="glm-load", daemon=True
+                target=self._run,
+                args=(path, precision, device, generation, base),
+                name="glm-load",
+                daemon=True,
             )
             self._thread.start()
 
-    def _run(self, path: Path, precision: str, device: str, generation: str | None) -> None:
+    def _run(
+        self, path: Path, precision: str, device: str, generation: str | None, base: Path | None
+    ) -> None:
         try:
-            engine_host().use(path, precision=precision, device=device, generation=generation)
+            engine_host().use(path, precision=precision, device=device, generation=generation, base=base)
         except GLMError as error:
             self.error = error
         except Exception as error:  # a thread has no screen: without this the reason would be lost
@@ -202,6 +215,59 @@ class Testing:
             self.error = error
 
 
+class Measuring:
+    """The last look at whether an adapter took effect; on a large model it takes minutes."""
+
+    def __init__(self) -> None:
+        self.done, self.total = 0, 0  # tokens
+        self.error: GLMError | None = None
+        self._report: EffectReport | None = None
+        self._of: weakref.ref[Engine] | None = None
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def report(self, engine: Engine) -> EffectReport | None:
+        """What was found on this very load of the model, or None."""
+        return self._report if self._of is not None and self._of() is engine else None
+
+    def start(self, engine: Engine) -> None:
+        """Answer the test prompts with and without the adapter; a second click meanwhile changes nothing."""
+        with self._lock:
+            if self.busy:
+                return
+            self.done, self.total, self.error, self._report = 0, 0, None, None
+            self._of = weakref.ref(engine)
+            self._thread = threading.Thread(target=self._run, args=(engine,), name="glm-effect", daemon=True)
+            self._thread.start()
+
+    def _run(self, engine: Engine) -> None:
+        from glm_core import effect
+
+        try:
+            self._report = effect.measure(engine, self._progress)
+        except GLMError as error:  # unloaded, or replaced, while it ran
+            self.error = error
+        except Exception as error:  # a thread has no screen: without this the reason would be lost
+            self.error = GLMError(
+                f"The test prompts were not answered: {type(error).__name__}: {error}.",
+                "The terminal shows where; load the model again and repeat it.",
+            )
+            raise
+
+    def _progress(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+
+
+@st.cache_resource(show_spinner=False)
+def measuring() -> Measuring:
+    """The one look at an adapter's effect in progress, shared by all sessions."""
+    return Measuring()
+
+
 @st.cache_resource(show_spinner=False)
 def testing() -> Testing:
     """The one self-test in progress, shared by all sessions."""
@@ -215,10 +281,25 @@ def loading() -> Loading:
 
 
 def load_model(
-    path: Path = MINI, precision: str = "auto", device: str = "auto", generation: str | None = None
+    path: Path = MINI,
+    precision: str = "auto",
+    device: str = "auto",
+    generation: str | None = None,
+    base: Path | None = None,
 ) -> None:
-    """Begin to load a checkpoint and return at once; `model_state` says how it goes."""
-    loading().start(path, precision, device, generation)
+    """Begin to load a checkpoint and return at once; `model_state` and `loading_progress` say how it goes.
+
+    base   the checkpoint to put it on, where the folder holds an adapter alone
+    """
+    loading().start(path, precision, device, generation, base)
+
+
+def loading_progress() -> tuple[float, int]:
+    """(share of the weights that is read, 0 to 1; their bytes, 0 while that is not known) of the load under way."""
+    host = engine_host()
+    if host.state != "loading":
+        return 0.0, 0
+    return min(1.0, host.loading_share), host.loading_bytes
 
 
 def unload_model() -> None:
@@ -252,6 +333,53 @@ def checkpoints(roots: tuple[Path, ...]) -> list[CheckpointInfo]:
     from glm_core import checkpoints as found
 
     return found.find(roots)
+
+
+def bases(
+    adapter: CheckpointInfo, found: Sequence[CheckpointInfo]
+) -> tuple[list[CheckpointInfo], list[tuple[CheckpointInfo, GLMError]]]:
+    """(the whole checkpoints an adapter's sizes fit, the recorded one first; the others, each with the reason).
+
+    A recorded base that lies elsewhere on this computer is among them where the workbench may read it.
+    """
+    from glm_core.checkpoints import read_config
+
+    assert adapter.adapter is not None
+    fits: list[CheckpointInfo] = []
+    others: list[tuple[CheckpointInfo, GLMError]] = []
+    known = {info.path for info in found}
+    for info in (*_recorded_elsewhere(adapter.base, known), *found):
+        if info.needs_base or not info.loadable:
+            continue
+        try:
+            if info.adapter is not None:
+                raise GLMError(f"{info.name} carries a prefix of its own.", "Choose the base without it.")
+            adapter.adapter.check_base(read_config(info.path), info.name)
+        except GLMError as error:
+            others.append((info, error))
+        else:
+            fits.append(info)
+    fits.sort(key=lambda info: not is_recorded(adapter, info))
+    return fits, others
+
+
+def is_recorded(adapter: CheckpointInfo, info: CheckpointInfo) -> bool:
+    """Whether a checkpoint is the base an adapter names: by its path, else by the last part of the name."""
+    if not adapter.base:
+        return False
+    named = Path(adapter.base).expanduser()
+    return (named.is_absolute() and named.resolve() == info.path) or named.name.lower() == info.name.lower()
+
+
+def _recorded_elsewhere(base: str, known: set[Path]) -> list[CheckpointInfo]:
+    named = Path(base).expanduser()
+    if not base or not named.is_absolute() or not named.is_dir() or named.resolve() in known:
+        return []
+    try:
+        allowed = settings().allowed_model(base)
+    except GLMError:
+        return []
+    return [info for info in checkpoints((allowed,)) if info.path == allowed]
 
 
 # --- what a user chose --------------------------------------------------------------------------------------

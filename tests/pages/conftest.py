@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -109,6 +110,58 @@ def write_weights(folder: Path, vocab: int, hidden: int = 32, layers: int = 2, h
             prefix + "mlp.dense_4h_to_h.weight": random(hidden, inner),
         }
     save_file(weights, str(folder / "model.safetensors"))
+
+
+def write_prefix(folder: Path, base: Path, length: int = 6, recorded: str = "", seed: int = 0) -> Path:
+    """A random P-tuning v2 prefix for a base, in a folder of its own."""
+    import torch
+
+    from glm_core import adapters
+
+    config = json.loads((base / "config.json").read_text())
+    torch.manual_seed(seed)
+    encoder = adapters.PrefixEncoder(adapters.BaseShape.of_file(config), length)
+    adapters.save_prefix(encoder, folder, config | ({"_name_or_path": recorded} if recorded else {}))
+    return folder
+
+
+def write_lora(
+    folder: Path, base: Path, recorded: str = "", strength: float = 0.5, **settings: object
+) -> Path:
+    """A LoRA of rank 4 on the first query_key_value of a base; strength 0 is an untrained one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    layer = "transformer.encoder.layers.0.self_attention.query_key_value"
+    rows, columns = load_file(base / "model.safetensors")[f"{layer}.weight"].shape
+    generator = torch.Generator().manual_seed(1)
+    folder.mkdir()
+    weights = {
+        f"base_model.model.{layer}.lora_A.weight": torch.randn(4, columns, generator=generator),
+        f"base_model.model.{layer}.lora_B.weight": torch.randn(rows, 4, generator=generator) * strength,
+    }
+    save_file(weights, folder / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "r": 4, "lora_alpha": 16, "target_modules": ["query_key_value"],
+        "base_model_name_or_path": recorded,
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config | settings))
+    return folder
+
+
+@pytest.fixture
+def family(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with two checkpoints of different sizes, for adapters to be put beside them."""
+    from glm_core.tokenizers.chatglm2 import ChatGLM2Tokenizer
+
+    folder = tmp_path / "family"
+    shutil.copytree(tiny_checkpoint, folder / "tiny-chatglm3")
+    wide = folder / "wide-chatglm3"
+    wide.mkdir()
+    shutil.copy(tiny_checkpoint / "tokenizer.model", wide)
+    write_weights(wide, ChatGLM2Tokenizer(wide / "tokenizer.model", "chatglm3").vocab_size, hidden=64)
+    monkeypatch.setenv("GLM_MODELS", str(folder))
+    return folder
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from pages.shared.chinese import SENTENCES, SHAPES, WORDS, fields, translated
 
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {"GLMError", "TableError", "EngineBusy", "JobLost", "_Wrong"}
-TERMINAL_ONLY = {"cli", "doctor.py", "__main__.py"}  # folders and files of glm_core
+# Folders and files of glm_core; the last three are shown by the shell alone as long as they have no screen.
+TERMINAL_ONLY = {"cli", "doctor.py", "__main__.py", "finetune", "metrics.py", "statistics.py"}
 TO_THE_MODEL = {"PROBES", "ALPACA_HEAD", "VICUNA_HEAD"}  # constants that are put into prompts, never shown
 ALL = SENTENCES | WORDS
 FILLED_LATER = re.compile(r"\{(rows|lines|cells)\}")  # constants that tables fill in with str.format

@@ -79,13 +79,11 @@ def package(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        top = name.split(".")[0]
         raise GLMError(
-            f"{purpose} needs the package {name.split('.')[0]}, which is not installed.",
-            f"Run: pip install {PIP_NAMES.get(name.split('.')[0], name.split('.')[0])}",
+            f"{purpose} needs the package {top}, which is not installed.",
+            f"Run: pip install {top}",
         ) from error
-
-
-PIP_NAMES = {"sklearn": "scikit-learn"}
 
 
 # ------------------------------------------------------------------------------------------------ generated texts

@@ -563,10 +563,10 @@ def krippendorff_alpha(
     counts = _judgements(ratings)
     counts = counts[counts.sum(axis=1) >= 2]
 
-    def shares(table: Floats) -> tuple[float, float]:
-        each, used = table.sum(axis=1), table.sum(axis=0)
+    def shares(table: Floats, times: Ints) -> tuple[float, float]:
+        each, used = table.sum(axis=1), times @ table
         n = used.sum()
-        disagreeing = ((each * each - (table * table).sum(axis=1)) / (each - 1)).sum() / n
+        disagreeing = times @ ((each * each - (table * table).sum(axis=1)) / (each - 1)) / n
         return float(1 - disagreeing), float((used * (used - 1)).sum() / (n * (n - 1)))
 
     return _agreement("krippendorff-alpha", counts, shares, level, resamples, seed)
@@ -586,15 +586,15 @@ def gwet_ac1(
     counts = _judgements(ratings)
     size = max(counts.shape[1], labels or 0)
 
-    def shares(table: Floats) -> tuple[float, float]:
+    def shares(table: Floats, times: Ints) -> tuple[float, float]:
         # A row that one rater judged says nothing about agreement, but how often a label is used.
         each = table.sum(axis=1)
-        used = (table / each[:, None]).mean(axis=0)
-        pairs, of = table[each >= 2], each[each >= 2]
-        if not len(of) or size < 2:
+        used = times @ (table / each[:, None]) / times.sum()
+        several = np.where(each >= 2, times, 0)
+        if not several.any() or size < 2:
             return math.nan, math.nan
-        observed = ((pairs * (pairs - 1)).sum(axis=1) / (of * (of - 1))).mean()
-        return float(observed), float((used * (1 - used)).sum() / (size - 1))
+        same = (table * (table - 1)).sum(axis=1) / np.maximum(each * (each - 1), 1)
+        return float(several @ same / several.sum()), float((used * (1 - used)).sum() / (size - 1))
 
     return _agreement("gwet-ac1", counts, shares, level, resamples, seed)
 
@@ -613,7 +613,7 @@ def _judgements(ratings: Sequence[Sequence[Hashable | None]]) -> Floats:
 def _agreement(
     measure: str,
     counts: Floats,
-    shares: Callable[[Floats], tuple[float, float]],
+    shares: Callable[[Floats, Ints], tuple[float, float]],
     level: float,
     resamples: int,
     seed: int,
@@ -623,14 +623,18 @@ def _agreement(
         reason = "No row was judged by two raters."
         return Agreement(measure, None, None, None, 0, None, None, level, reason)
 
+    # Many rows were judged alike, so each kind is looked at once, with the number of times it was drawn.
+    kinds, kind = np.unique(counts, axis=0, return_inverse=True)
+    kind = kind.reshape(-1)
+
     def value(rows: Ints) -> float | None:
-        observed, expected = shares(counts[rows])
+        observed, expected = shares(kinds, np.bincount(kind[rows], minlength=len(kinds)))
         # Equal to 1 but for rounding: chance agrees always.
         return (
             None if math.isnan(observed) or 1 - expected < EQUAL else (observed - expected) / (1 - expected)
         )
 
-    observed, expected = shares(counts)
+    observed, expected = shares(kinds, np.bincount(kind))
     if math.isnan(observed) or 1 - expected < EQUAL:
         given = None if math.isnan(observed) else observed
         return Agreement(measure, None, None, None, n, given, None, level, ONE_LABEL)

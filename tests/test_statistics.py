@@ -678,6 +678,27 @@ def test_rogan_gladen_turns_the_answers_round():
     assert other.estimate is None and "do not fit" in other.reason
 
 
+def test_rogan_gladens_interval_holds_the_shares_that_fit_the_counts():
+    # 30 of 120 called positive; 45 of 50 and 52 of 60 labelled rows are right.
+    z2 = statistics.z_of(0.95) ** 2
+    called, sick, alarm = (30 + z2 / 2) / (120 + z2), 46 / 52, 9 / 62
+    fitting = [
+        p
+        for p in np.linspace(0, 1, 200_001)
+        if (called - p * sick - (1 - p) * alarm) ** 2
+        <= z2
+        * (
+            called * (1 - called) / (120 + z2)
+            + p**2 * sick * (1 - sick) / 52
+            + (1 - p) ** 2 * alarm * (1 - alarm) / 62
+        )
+    ]
+    truth = np.arange(110) < 50
+    labelled = np.concatenate([np.arange(50) < 45, np.arange(60) < 8])
+    found = statistics.rogan_gladen(np.arange(120) < 30, labelled, truth)
+    assert (found.low, found.high) == pytest.approx((fitting[0], fitting[-1]), abs=1e-5)
+
+
 def test_prediction_powered_is_that_of_its_paper():
     # Classical form: mean of the answers plus the mean error, and the variances of the two added up.
     free, said, truth = np.arange(50) % 3 == 0, np.arange(20) % 2 == 0, np.arange(20) % 4 == 0

@@ -33,6 +33,8 @@ from transformers import DynamicCache, StaticCache
 from glm_core import adapters, checkpoints, quantization, weights
 from glm_core.checkpoints import inspecting, loading
 from glm_core.engine import Engine, GenerationSettings, Request, choose, warp
+from glm_core.finetune.encoding import Encoded, encode
+from glm_core.finetune.examples import Example
 from glm_core.models import released
 from glm_core.models.chatglm import ChatGLMConfig, ChatGLMRotary, layouts, positions, visible
 from glm_core.models.chatglm import released_config as released_first
@@ -880,6 +882,17 @@ def tokens_and_texts(golden: Folder, table: Table, family: str) -> None:
         table.note(case, "batch_decode_chat", "nothing recorded")
 
 
+def filled(
+    made: Encoded, pad: int, width: int, first: bool, one: dict[str, Any]
+) -> tuple[list[int], list[int]]:
+    """A row padded as the scripts pad it; where padding is to count in the loss, its id is its label."""
+    ids = [*made.ids, *[pad] * (width - len(made.ids))]
+    if one["ignore_pad_token_for_loss"]:
+        return ids, [*made.labels, *[-100] * (width - len(made.labels))]
+    start = next(i for i, label in enumerate(made.labels) if label != -100)
+    return ids, [-100 if first else pad] * start + ids[start:]
+
+
 def training_rows(golden: Folder, table: Table, family: str) -> None:
     """Ids and labels of the ptuning scripts."""
     case, cases = f"{family}/ptuning_preprocess", golden.json(f"{family}/ptuning_preprocess.json")
@@ -891,10 +904,12 @@ def training_rows(golden: Folder, table: Table, family: str) -> None:
             if not (row["content"] and row["summary"]):
                 continue  # the scripts drop it
             history = [tuple(pair) for pair in row["history"]] if one["history_column_used"] else None
-            made_rows.append(ours.training_example(
-                row["content"], row["summary"], source, target, history=history, source_prefix=one["source_prefix"],
-                ignore_pad=one["ignore_pad_token_for_loss"],
-            ))  # fmt: skip
+            example = Example(row["content"], row["summary"], tuple(history or ()))
+            made = encode(
+                example, ours, source, target, source_prefix=one["source_prefix"],
+                history_column=one["history_column_used"],
+            )  # fmt: skip
+            made_rows.append(filled(made, ours.pad_id, source + target + (not first), first, one))
             # Evaluation numbers the rounds of v1 only where there are some.
             asked = ours.prompt_text(row["content"], history or (None if first else ()))
             prompts.append(ours.reference_ids(one["source_prefix"] + asked, max_length=source))

@@ -65,3 +65,14 @@ def engine(tiny_checkpoint: Path) -> Iterator[object]:
     running = Engine(checkpoints.load(tiny_checkpoint, "fp32", "cpu"))
     yield running
     running.close()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that share a product of 64 columns wait for each other longer than they compute."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

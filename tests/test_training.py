@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,15 +32,7 @@ from tests.test_methods import GENERATIONS, METHODS, Row, load_tiny, make_rows
 # Tolerances of tests/test_adapters.py, with their reasons there.
 LOSS, GRADIENT, AFTER_STEPS = 1e-5, 2e-6, 1e-3
 PAD = 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that share a product of 64 columns wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_plan(method: str | Method = "lora", **changes: Any) -> Plan:

@@ -41,6 +41,7 @@ EMBEDDING = {"chatglm": "transformer.word_embeddings.weight",
 COUNTS = ("max_sequence_length", "max_position_embeddings", "num_hidden_layers", "pre_seq_len",
           "layernorm_epsilon")  # fmt: skip
 UNFINISHED = ".partial"  # ends the name of a folder that is still being written
+STEP = re.compile(r"checkpoint-\d+")  # a folder of a training's step, one of several of the same name
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 GLM4_VOCABULARY = 100_000  # padded; ChatGLM2/3 have 65,024, GLM-4 has 151,552
 
@@ -101,9 +102,24 @@ def find(roots: Iterable[Path]) -> list[CheckpointInfo]:
                             found[folder] = inspect(folder)
                         except GLMError as error:
                             found[folder] = CheckpointInfo(
-                                folder, folder.name, "unreadable", "", 0, 0, "", 0, 0, 0, (str(error),)
+                                folder,
+                                display_name(folder),
+                                "unreadable",
+                                "",
+                                0,
+                                0,
+                                "",
+                                0,
+                                0,
+                                0,
+                                (str(error),),
                             )
     return sorted(found.values(), key=lambda info: info.name.lower())
+
+
+def display_name(folder: Path) -> str:
+    """How a folder is called on screen; a step's checkpoint carries the name of its training before its own."""
+    return f"{folder.parent.name}/{folder.name}" if STEP.fullmatch(folder.name) else folder.name
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -212,7 +228,7 @@ def _inspect(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
     parameters, linear, dtype = _count(stored, bits) if stored else (_expected_parameters(config), 0, "")
     return CheckpointInfo(
         path=folder,
-        name=folder.name,
+        name=display_name(folder),
         family=FAMILIES.get(generation) or NATIVE.get(architecture, architecture),
         generation=generation,
         parameters=parameters,
@@ -238,7 +254,7 @@ def _inspect_lora(folder: Path) -> CheckpointInfo:
     adapter = inspect_adapter(folder)
     assert adapter is not None  # there is an adapter_config.json
     return CheckpointInfo(
-        path=folder, name=folder.name, family="LoRA", generation="", parameters=adapter.parameters,
+        path=folder, name=display_name(folder), family="LoRA", generation="", parameters=adapter.parameters,
         size_bytes=adapter.size_bytes, dtype="", layers=0, hidden_size=0, context=0,
         problems=adapter.problems, method=adapter.method, adapter=adapter, base=adapter.base,
     )  # fmt: skip

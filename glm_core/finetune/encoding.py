@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from ..errors import GLMError
 from ..tables.options import listed, plural
-from ..tokenizers.base import IGNORED, REPLACEMENT, Message, Tokenizer
+from ..tokenizers.base import REPLACEMENT, Message, Tokenizer
 from ..tokenizers.chatglm import ChatGLMTokenizer
 from ..tokenizers.chatglm2 import ChatGLM2Tokenizer
 from ..tokenizers.glm4 import GLM4Tokenizer
 from .examples import Example
+from .methods import IGNORED
 
 if TYPE_CHECKING:
     import numpy as np

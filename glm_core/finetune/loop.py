@@ -46,7 +46,6 @@ class Plan:
     schedule         what the learning rate does after that, down to 0 at max_steps
     clip             largest norm of the gradient; 0 leaves it as it is
     dropout          False switches the method's dropout off
-    general_share    share of general rows mixed into the data before it gets here
     """
 
     method: Method
@@ -64,7 +63,6 @@ class Plan:
     save_steps: int = 100
     logging_steps: int = 10
     save_total: int = 3
-    general_share: float = 0.0
     dropout: bool = True
 
     def to_json(self) -> dict[str, Any]:

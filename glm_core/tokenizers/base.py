@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from ..errors import GLMError
-
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -17,7 +15,6 @@ if TYPE_CHECKING:
 Role = Literal["system", "user", "assistant", "observation"]
 
 REPLACEMENT = "\ufffd"
-IGNORED = -100  # label of a position that the loss leaves out
 # What the models write for the date of their training, and what is shown for it.
 DATE_MARK = ("[[训练时间]]", "2023年")
 
@@ -116,29 +113,6 @@ class GLMTokenizer(Tokenizer, ABC):
     def reference_text(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """`decode` of the released tokenizer; IndexError for the ids it fails on."""
 
-    @abstractmethod
-    def training_example(
-        self,
-        prompt: str,
-        answer: str,
-        max_source: int,
-        max_target: int,
-        *,
-        history: Sequence[tuple[str, str]] | None = None,
-        source_prefix: str = "",
-        ignore_pad: bool = True,
-        fill: bool = True,
-    ) -> tuple[list[int], list[int]]:
-        """Ids and labels of one fine-tuning example; a label of -100 is left out of the loss.
-
-        max_source, max_target   longest prompt and answer, in tokens
-        history        earlier (question, answer) pairs; None where the data has no column for them
-        source_prefix  text put before the prompt
-        ignore_pad     labels of padding are -100; else the padding id, as the reference has it
-        fill           pad on the right to one length for all examples
-        GLMError where the prompt or the answer is empty: such a row teaches nothing and the reference drops it.
-        """
-
     def pad(
         self, rows: Sequence[Sequence[int]], max_length: int | None = None, multiple_of: int | None = None
     ) -> Padded:
@@ -187,75 +161,6 @@ def settled(text: str, changing: Sequence[str] = DATE_MARK[:1]) -> str:
         if any(len(one) > size and one.startswith(tail) for one in changing):
             return text[:-size]
     return text
-
-
-def require_example(prompt: str, answer: str) -> None:
-    """GLMError unless both texts of a training example say something."""
-    if not prompt or not answer:
-        raise GLMError(
-            f"A training example has no {'answer' if prompt else 'prompt'}.",
-            "Leave such rows out, or choose other columns.",
-        )
-
-
-def finished_example(
-    ids: list[int], labels: list[int], length: int, pad_id: int, ignore_pad: bool, fill: bool
-) -> tuple[list[int], list[int]]:
-    """The last steps of every released preprocessing: pad on the right, then take padding out of the labels."""
-    if fill:
-        labels = labels + [pad_id] * (length - len(ids))
-        ids = ids + [pad_id] * (length - len(ids))
-    if ignore_pad:
-        labels = [IGNORED if label == pad_id else label for label in labels]
-    return ids, labels
-
-
-def role_example(
-    tokenizer: Tokenizer,
-    prompt: str,
-    answer: str,
-    max_source: int,
-    max_target: int,
-    history: Sequence[tuple[str, str]],
-    ignore_pad: bool,
-    fill: bool,
-) -> tuple[list[int], list[int]]:
-    """`training_example` of the generations that speak in roles: the very prompt that is used when it answers.
-
-    Where that is longer than `max_source`, the oldest rounds go first and then the question loses its end; the
-    framing stays whole. GLMError where not even the framing fits.
-    """
-    require_example(prompt, answer)
-    rounds = [[Message("user", asked), Message("assistant", told)] for asked, told in history]
-
-    def source(keep: int, question: str) -> list[int]:
-        kept = [message for one in rounds[len(rounds) - keep :] for message in one]
-        return tokenizer.chat_ids([*kept, Message("user", question)])
-
-    keep = len(rounds)
-    ids = source(keep, prompt)
-    while len(ids) > max_source and keep:
-        keep -= 1
-        ids = source(keep, prompt)
-    if len(ids) > max_source:
-        room = max_source - len(source(0, ""))
-        if room < 1:
-            raise GLMError(
-                f"A prompt of {max_source} tokens leaves no room for a question.",
-                "Raise the longest prompt.",
-            )
-        content = len(tokenizer.encode(prompt))
-        start = len(ids) - 1 - content  # the question is the last segment before the assistant's role id
-        ids = [*ids[:start], *ids[start : start + room], ids[-1]]
-    told = tokenizer.answer_ids(answer)
-    told = [*told[:-1][:max_target], told[-1]]
-    labels = [IGNORED] * len(ids) + told
-    ids = ids + told
-    if fill:
-        missing = max_source + max_target + 1 - len(ids)
-        labels = labels + [IGNORED if ignore_pad else tokenizer.pad_id] * missing
-        ids = ids + [tokenizer.pad_id] * missing
-    return ids, labels
 
 
 def split_turn(text: str) -> tuple[str, str]:

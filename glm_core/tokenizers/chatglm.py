@@ -11,13 +11,10 @@ from typing import Any
 from ..errors import GLMError
 from .base import (
     DATE_MARK,
-    IGNORED,
     GLMTokenizer,
     Message,
     Padded,
-    finished_example,
     padded_length,
-    require_example,
     settled,
 )
 
@@ -306,31 +303,6 @@ class ChatGLMTokenizer(GLMTokenizer):
         while (shorter := _PENDING_MARK.sub("", settled(text, changing))) != text:
             text = shorter
         return text
-
-    # --- training -------------------------------------------------------------------------------------------
-
-    def training_example(
-        self,
-        prompt: str,
-        answer: str,
-        max_source: int,
-        max_target: int,
-        *,
-        history: Sequence[tuple[str, str]] | None = None,
-        source_prefix: str = "",
-        ignore_pad: bool = True,
-        fill: bool = True,
-    ) -> tuple[list[int], list[int]]:
-        """Ids and labels as the ptuning script of ChatGLM-6B makes them, `max_source + max_target` long.
-
-        The first target is <sop>. A history, even an empty one, puts the prompt into numbered rounds.
-        """
-        require_example(prompt, answer)
-        source = self.encode(source_prefix + self.prompt_text(prompt, history))[: max_source - 1]
-        target = self.encode(answer)[: max_target - 2]
-        ids = [*source, *self.prefix_ids, *target, self.eos_id]
-        labels = [IGNORED] * (len(source) + 1) + ids[len(source) + 1 :]
-        return finished_example(ids, labels, max_source + max_target, self.pad_id, ignore_pad, fill)
 
     def pad(
         self, rows: Sequence[Sequence[int]], max_length: int | None = None, multiple_of: int | None = None

@@ -16,10 +16,7 @@ from .base import (
     GLMTokenizer,
     Message,
     Role,
-    finished_example,
     parse_turns,
-    require_example,
-    role_example,
     settled,
     shown,
 )
@@ -274,35 +271,3 @@ class ChatGLM2Tokenizer(GLMTokenizer):
     def system_with_tools(content: str, tools: list[dict[str, Any]]) -> str:
         """System text that announces tools to ChatGLM3, in the layout it was trained with."""
         return f"{content}\n{json.dumps(tools, indent=4, ensure_ascii=False)}"
-
-    # --- training -------------------------------------------------------------------------------------------
-
-    def training_example(
-        self,
-        prompt: str,
-        answer: str,
-        max_source: int,
-        max_target: int,
-        *,
-        history: Sequence[tuple[str, str]] | None = None,
-        source_prefix: str = "",
-        ignore_pad: bool = True,
-        fill: bool = True,
-    ) -> tuple[list[int], list[int]]:
-        """Ids and labels, `max_source + max_target + 1` long.
-
-        ChatGLM2: as its ptuning script makes them; the labels of the prompt are the padding id, so that they are
-        ignored along with the padding. ChatGLM3: its chat prompt, which is never among the targets.
-        """
-        require_example(prompt, answer)
-        if self.generation == "chatglm3":
-            return role_example(
-                self, source_prefix + prompt, answer, max_source, max_target, history or (), ignore_pad, fill
-            )
-        source = self.reference_ids(
-            source_prefix + self.prompt_text(prompt, history or ()), max_length=max_source
-        )
-        target = [*self.encode(answer)[:max_target], self.eos_id]
-        labels = [self.pad_id] * len(source) + target
-        length = max_source + max_target + 1
-        return finished_example(source + target, labels, length, self.pad_id, ignore_pad, fill)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import GLMError
-from .base import GLMTokenizer, Message, parse_turns, role_example, settled, shown
+from .base import GLMTokenizer, Message, parse_turns, settled, shown
 
 # In the order of their ids, which follow the ranks: 151329 to 151342 in the released file.
 CONTROL_TOKENS = (
@@ -273,22 +273,3 @@ class GLM4Tokenizer(GLMTokenizer):
             ids = ids[len(ids) - list(reversed(ids)).index(assistant) :]
         text = self.decode(ids)
         return shown(text if finished else settled(text), finished)
-
-    # --- training -------------------------------------------------------------------------------------------
-
-    def training_example(
-        self,
-        prompt: str,
-        answer: str,
-        max_source: int,
-        max_target: int,
-        *,
-        history: Sequence[tuple[str, str]] | None = None,
-        source_prefix: str = "",
-        ignore_pad: bool = True,
-        fill: bool = True,
-    ) -> tuple[list[int], list[int]]:
-        """Ids and labels of the chat prompt and its answer, `max_source + max_target + 1` long."""
-        return role_example(
-            self, source_prefix + prompt, answer, max_source, max_target, history or (), ignore_pad, fill
-        )

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,18 +138,52 @@ def _startup(found: Settings) -> Startup:
     return Startup(found)
 
 
-class Loading:
-    """The last load asked for on a screen: it goes on when the screen is left."""
+class Background:
+    """One piece of work at a time that goes on when its screen is left; `error` says why it ended early."""
 
-    def __init__(self) -> None:
-        self.path: Path | None = None
+    def __init__(self, thread_name: str) -> None:
         self.error: GLMError | None = None
+        self._name = thread_name
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
+
+    def begin(
+        self, prepare: Callable[[], None], work: Callable[[], None], failed: Callable[[str], GLMError]
+    ) -> None:
+        """Run `prepare` here and `work` in the background; a second click while it runs changes nothing.
+
+        failed   what to say of an error that is no GLMError, given its kind and text: a thread has no screen
+        """
+        with self._lock:
+            if self.busy:
+                return
+            self.error = None
+            prepare()
+            self._thread = threading.Thread(
+                target=self._run, args=(work, failed), name=self._name, daemon=True
+            )
+            self._thread.start()
+
+    def _run(self, work: Callable[[], None], failed: Callable[[str], GLMError]) -> None:
+        try:
+            work()
+        except GLMError as error:
+            self.error = error
+        except Exception as error:
+            self.error = failed(f"{type(error).__name__}: {error}")
+            raise
+
+
+class Loading(Background):
+    """The last load asked for on a screen."""
+
+    def __init__(self) -> None:
+        super().__init__("glm-load")
+        self.path: Path | None = None
 
     @property
     def name(self) -> str:
@@ -158,105 +192,82 @@ class Loading:
     def start(
         self, path: Path, precision: str, device: str, generation: str | None, base: Path | None = None
     ) -> None:
-        """Load a checkpoint in the background; a second click while one is loading changes nothing."""
-        with self._lock:
-            if self.busy:
-                return
-            self.path, self.error = path, None
-            self._thread = threading.Thread(
-                target=self._run,
-                args=(path, precision, device, generation, base),
-                name="glm-load",
-                daemon=True,
-            )
-            self._thread.start()
+        """Load a checkpoint."""
 
-    def _run(
-        self, path: Path, precision: str, device: str, generation: str | None, base: Path | None
-    ) -> None:
-        try:
+        def prepare() -> None:
+            self.path = path
+
+        def load() -> None:
             engine_host().use(path, precision=precision, device=device, generation=generation, base=base)
-        except GLMError as error:
-            self.error = error
-        except Exception as error:  # a thread has no screen: without this the reason would be lost
-            self.error = GLMError(
-                f"{path.name} was not loaded: {type(error).__name__}: {error}.",
+
+        self.begin(
+            prepare,
+            load,
+            lambda reason: GLMError(
+                f"{path.name} was not loaded: {reason}.",
                 "The terminal shows where; choose another checkpoint, precision or device.",
-            )
-            raise
+            ),
+        )
 
 
-class Testing:
+class Testing(Background):
     """The last self-test asked for on a screen; on a large model it takes minutes."""
 
     def __init__(self) -> None:
+        super().__init__("glm-test")
         self.said = ""
-        self.error: GLMError | None = None
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
 
     def start(self, engine: Engine) -> None:
-        """Compare batched with single in the background; a second click meanwhile changes nothing."""
-        with self._lock:
-            if self.busy:
-                return
-            self.said, self.error = "", None
-            self._thread = threading.Thread(target=self._run, args=(engine,), name="glm-test", daemon=True)
-            self._thread.start()
+        """Compare batched with single."""
 
-    def _run(self, engine: Engine) -> None:
-        try:
+        def prepare() -> None:
+            self.said = ""
+
+        def test() -> None:
             self.said = engine.self_test().text
-        except GLMError as error:  # unloaded, or replaced, while it ran
-            self.error = error
+
+        self.begin(
+            prepare,
+            test,
+            lambda reason: GLMError(
+                f"The self-test did not end: {reason}.",
+                "The terminal shows where; load the model again and repeat it.",
+            ),
+        )
 
 
-class Measuring:
+class Measuring(Background):
     """The last look at whether an adapter took effect; on a large model it takes minutes."""
 
     def __init__(self) -> None:
+        super().__init__("glm-effect")
         self.done, self.total = 0, 0  # tokens
-        self.error: GLMError | None = None
         self._report: EffectReport | None = None
         self._of: weakref.ref[Engine] | None = None
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    @property
-    def busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
 
     def report(self, engine: Engine) -> EffectReport | None:
         """What was found on this very load of the model, or None."""
         return self._report if self._of is not None and self._of() is engine else None
 
     def start(self, engine: Engine) -> None:
-        """Answer the test prompts with and without the adapter; a second click meanwhile changes nothing."""
-        with self._lock:
-            if self.busy:
-                return
-            self.done, self.total, self.error, self._report = 0, 0, None, None
-            self._of = weakref.ref(engine)
-            self._thread = threading.Thread(target=self._run, args=(engine,), name="glm-effect", daemon=True)
-            self._thread.start()
+        """Answer the test prompts with and without the adapter."""
 
-    def _run(self, engine: Engine) -> None:
-        from glm_core import effect
+        def prepare() -> None:
+            self.done, self.total, self._report, self._of = 0, 0, None, weakref.ref(engine)
 
-        try:
+        def measure() -> None:
+            from glm_core import effect
+
             self._report = effect.measure(engine, self._progress)
-        except GLMError as error:  # unloaded, or replaced, while it ran
-            self.error = error
-        except Exception as error:  # a thread has no screen: without this the reason would be lost
-            self.error = GLMError(
-                f"The test prompts were not answered: {type(error).__name__}: {error}.",
+
+        self.begin(
+            prepare,
+            measure,
+            lambda reason: GLMError(
+                f"The test prompts were not answered: {reason}.",
                 "The terminal shows where; load the model again and repeat it.",
-            )
-            raise
+            ),
+        )
 
     def _progress(self, done: int, total: int) -> None:
         self.done, self.total = done, total

@@ -127,6 +127,16 @@ def _finetune(commands: Any) -> None:
     )
     for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
         data.add_argument(f"--{name}", type=_positive, metavar="N")
+    data.add_argument(
+        "--general_share", type=float, default=0.0, metavar="X",
+        help="general conversations mixed in for every row, so that less is forgotten; default: 0",
+    )  # fmt: skip
+    data.add_argument("--general_file", metavar="FILE", help="where they are; default: those that come along")
+    data.add_argument("--adapt_file", metavar="FILE", help="unlabelled texts to read before the rows")
+    data.add_argument("--adapt_column", default="", metavar="NAME", help="their column")
+    data.add_argument("--adapt_epochs", type=float, default=1.0, metavar="X", help="default: 1")
+    data.add_argument("--adapt_learning_rate", type=float, metavar="X", help="default: that of the rows")
+    data.add_argument("--adapt_compare", action="store_true", help="also train without them")
     data.add_argument("--overwrite_cache", action="store_true", help="encode the rows anew")
     data.add_argument("--preprocessing_num_workers", type=int, metavar="N", help="accepted; not needed")
     model = one.add_argument_group("model and method")

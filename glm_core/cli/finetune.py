@@ -18,6 +18,7 @@ from .model import folder_of
 from .output import INTERRUPTED, say
 
 if TYPE_CHECKING:
+    from ..finetune.adapt import Adapt
     from ..finetune.loop import Event, Plan
     from ..finetune.work import FinetuneTask
 
@@ -65,14 +66,33 @@ def _task(options: argparse.Namespace) -> FinetuneTask:
         source_prefix=options.source_prefix,
         device=options.device,
         start_from=(options.ptuning_checkpoint or "") if options.do_train else "",
+        adapt=_adapt(options),
+        general_share=options.general_share,
+        general_file=options.general_file or "",
         limit_train=options.max_train_samples,
         limit_dev=options.max_predict_samples if options.do_predict else options.max_eval_samples,
     )
 
 
+def _adapt(options: argparse.Namespace) -> Adapt | None:
+    """The unlabelled texts to read first; those that are asked in the files to judge with are left out."""
+    from ..finetune.adapt import Adapt
+
+    if not options.adapt_file:
+        return None
+    return Adapt(
+        options.adapt_file,
+        options.adapt_column,
+        options.adapt_epochs,
+        options.adapt_learning_rate,
+        exclude=(options.test_file,) if options.test_file else (),
+        compare=options.adapt_compare,
+    )
+
+
 def _plan(options: argparse.Namespace) -> Plan:
     """The published scripts' meaning of the flags: a prefix with --pre_seq_len, else all weights."""
-    from ..finetune.loop import Plan
+    from ..finetune.loop import Plan, default_rate
     from ..finetune.methods import Method
 
     if options.lora_rank:
@@ -85,11 +105,10 @@ def _plan(options: argparse.Namespace) -> Plan:
                         prefix_projection=options.prefix_projection)  # fmt: skip
     else:
         method = Method("full")
-    rates = {"lora": 1e-3, "p-tuning-v2": 5e-3, "freeze": 1e-4, "full": 1e-4}
     return Plan(
         method=method,
         precision=_precision(options),
-        learning_rate=options.learning_rate or rates[method.kind],
+        learning_rate=options.learning_rate or default_rate(method),
         batch_size=options.per_device_train_batch_size,
         accumulation=options.gradient_accumulation_steps,
         max_steps=options.max_steps,
@@ -121,12 +140,15 @@ def _precision(options: argparse.Namespace) -> str:
 
 def _train(task: FinetuneTask, options: argparse.Namespace) -> Path | None:
     """The folder of the result, or None where it was interrupted."""
+    from ..finetune.adapt import FOLDER
     from ..finetune.state import checkpoints
     from ..finetune.work import carry_out
 
     settings = Settings.read()
     settings.make_folders()
-    resume = not options.overwrite_output_dir and bool(checkpoints(task.output))
+    resume = not options.overwrite_output_dir and any(
+        checkpoints(folder) for folder in (Path(task.output), Path(task.output) / FOLDER)
+    )
     if resume:
         say(f"Going on from the last checkpoint in {task.output}.")
     with _interrupts() as stop:

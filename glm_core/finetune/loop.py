@@ -33,6 +33,9 @@ Schedule = Literal["linear", "cosine", "constant"]
 MULTIPLE = 8  # of columns a batch is padded to
 POOL = 50  # batches whose rows are sorted by length together; between pools the order is random
 ZERO_LOSSES = 3
+# What the published scripts and the papers train with, and for whole weights of a model this small five times that.
+RATES = {"lora": 1e-3, "p-tuning-v2": 5e-3, "freeze": 1e-4, "full": 1e-4}
+SMALL, SMALL_FACTOR = 100_000_000, 5.0
 # Changing these between a stop and a resume changes no number of the training.
 FREE = ("save_steps", "logging_steps", "save_total")
 
@@ -167,6 +170,12 @@ class Outcome:
     @property
     def dev_loss(self) -> float | None:
         return min((loss for _, loss in self.dev), default=None)
+
+
+def default_rate(method: Method, parameters: int = 0) -> float:
+    """The learning rate to begin with, for a model of so many parameters where that is known."""
+    small = method.kind in ("freeze", "full") and 0 < parameters < SMALL
+    return RATES[method.kind] * (SMALL_FACTOR if small else 1.0)
 
 
 class TrainingError(GLMError):
@@ -561,18 +570,11 @@ class _Run:
 
     def _dev_loss(self) -> float:
         """Mean cross entropy of the dev rows' tokens that count."""
-        import torch
-
         self.trainee.evaluating()
-        order = sorted(range(len(self.dev)), key=lambda row: -len(self.dev[row].ids))
-        size = self.plan.batch_size
-        groups = [order[i : i + size] for i in range(0, len(order), size)]
-        sums = torch.zeros(2, device=self.device)
-        for group in groups[self.processes.rank :: self.processes.count]:
-            ids, labels = (t.to(self.device) for t in collate([self.dev[row] for row in group], self.pad_id))
-            sums[0] += self.trainee.loss(ids, labels)
-            sums[1] += (labels[:, 1:] != IGNORED).sum()
-        loss, counted = self.processes.sum(sums).tolist()
+        part = (self.processes.rank, self.processes.count)
+        loss, counted = self.processes.sum(
+            _sums(self.trainee, self.dev, self.plan.batch_size, self.pad_id, part)
+        ).tolist()
         return float(loss / counted)
 
     def _save(self, dev: bool) -> None:
@@ -644,6 +646,29 @@ class _Run:
             per_step = self.plan.accumulation * self.processes.count
             epoch = self.done.step * per_step / self.batches.per_epoch
             self.tell(Event(kind, self.done.step, self.plan.max_steps, round(epoch, 4), **values))
+
+
+def mean_loss(trainee: Trainee, rows: Sequence[state.Row], batch_size: int, pad_id: int) -> float:
+    """Mean cross entropy of the tokens that count in some rows, in nats, as the model stands."""
+    trainee.evaluating()
+    loss, counted = _sums(trainee, rows, batch_size, pad_id).tolist()
+    return float(loss / counted)
+
+
+def _sums(
+    trainee: Trainee, rows: Sequence[state.Row], size: int, pad_id: int, part: tuple[int, int] = (0, 1)
+) -> Tensor:
+    """(summed cross entropy, tokens that count) of every n-th batch from the k-th on, with (k, n) as `part`."""
+    import torch
+
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row].ids))
+    groups = [order[i : i + size] for i in range(0, len(order), size)]
+    sums = torch.zeros(2, device=trainee.device)
+    for group in groups[part[0] :: part[1]]:
+        ids, labels = (one.to(trainee.device) for one in collate([rows[row] for row in group], pad_id))
+        sums[0] += trainee.loss(ids, labels)
+        sums[1] += (labels[:, 1:] != IGNORED).sum()
+    return sums
 
 
 @contextmanager

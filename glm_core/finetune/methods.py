@@ -8,7 +8,7 @@ resolves. Hidden states go through the output head only where a token counts in 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -229,6 +229,35 @@ class Trainee:
                 logits = hidden[rows] if self._whole else self._head(hidden[rows])
                 total += F.cross_entropy(logits.float(), targets[rows], reduction="sum")
         return total
+
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], stop_ids: Collection[int], longest: int, pad_id: int
+    ) -> list[list[int]]:
+        """The most likely continuation of a few prompts as the training stands, up to `longest` ids, without its end.
+
+        Nothing is cached, since a model under training may have no cache: for a look at short answers only.
+        """
+        import torch
+
+        rows, found = [list(one) for one in prompts], [list[int]() for _ in prompts]
+        going = list(range(len(rows)))
+        while going and len(found[going[0]]) < longest:
+            width = max(len(rows[i]) for i in going) + 1
+            ids = torch.full((len(going), width), pad_id, dtype=torch.long)
+            labels = torch.full_like(ids, IGNORED)
+            for place, i in enumerate(going):
+                ids[place, : len(rows[i])] = torch.as_tensor(rows[i], dtype=torch.long)
+                labels[place, len(rows[i])] = pad_id  # the column before it is the one to be read
+            with torch.no_grad(), self.computing():
+                hidden, _ = self._hidden(ids.to(self.device), labels.to(self.device))
+                chosen = (hidden if self._whole else self._head(hidden)).argmax(-1).tolist()
+            for i, token in zip(tuple(going), chosen, strict=True):
+                if token in stop_ids:
+                    going.remove(i)
+                else:
+                    rows[i].append(token)
+                    found[i].append(token)
+        return found
 
     def _hidden(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """What the head turns into predictions of the tokens that count, (n, width), and these tokens, (n,).

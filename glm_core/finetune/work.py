@@ -2,7 +2,8 @@
 
 The output folder gets the checkpoint itself, ready to load, and beside it what the training was: manifest.json (task,
 hashes of the data and the base, split, versions, losses), events.jsonl (the curve, written as it grows), audit.json,
-and the steps' own checkpoints to resume from.
+samples.jsonl (answers to the same dev questions at every checkpoint), and the steps' own checkpoints to resume from.
+Where the model reads unlabelled texts first, adapt/ has the same files of that step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,15 +22,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GLMError
-from .examples import Columns, Example, Loaded, Problem, read
-from .loop import Event, Outcome, Plan, train
+from ..settings import MINI
+from .adapt import FOLDER, Adapt
+from .examples import Columns, Example, Loaded, Problem, labels_of, read
+from .loop import Event, Outcome, Plan, mean_loss, train
 
 if TYPE_CHECKING:
     from ..checkpoints import LoadedModel
     from ..tables import ReadOptions
+    from .adapt import Texts
     from .methods import Trainee
 
-MANIFEST, EVENTS, AUDIT = "manifest.json", "events.jsonl", "audit.json"
+MANIFEST, EVENTS, AUDIT, SAMPLES = "manifest.json", "events.jsonl", "audit.json", "samples.jsonl"
+GENERAL = MINI.parents[1] / "dialogue" / "train.jsonl"
+SAMPLED, SAMPLED_TOKENS = 4, 32  # questions, and the longest answer to each
+WITHOUT = "without-adapting"  # folder of the same training without the unlabelled texts
 STATE_FILES = (
     "trainer_state",
     "trainer.pt",
@@ -44,6 +52,9 @@ class FinetuneTask:
     output       folder of the result; new, empty, or that of a run to go on with
     dev_share    share of the training file held back, where there is no dev_file
     start_from   folder of an adapter of the same kind to go on from, with fresh steps
+    adapt        unlabelled texts to read before the labelled rows
+    general_share  rows of general_file mixed in for every row of the training file, so that less is forgotten;
+                 the conversations that come with the program where no file is named
     max_source, max_target   longest prompt and answer in tokens; see `encoding.encode`
     """
 
@@ -61,6 +72,9 @@ class FinetuneTask:
     generation: str = ""
     device: str = "auto"
     start_from: str = ""
+    adapt: Adapt | None = None
+    general_share: float = 0.0
+    general_file: str = ""
     limit_train: int | None = None
     limit_dev: int | None = None
     read_options: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +86,7 @@ class FinetuneTask:
         return {one.name: getattr(self, one.name) for one in fields(self)} | {
             "plan": self.plan.to_json(),
             "columns": columns,
+            "adapt": self.adapt.to_json() if self.adapt else None,
         }
 
     @classmethod
@@ -81,7 +96,17 @@ class FinetuneTask:
         values = {key: value for key, value in data.items() if key in known}
         values["plan"] = Plan.from_json(data["plan"])
         values["columns"] = Columns(**data["columns"]) if data.get("columns") else None
+        values["adapt"] = Adapt.from_json(data["adapt"]) if data.get("adapt") else None
         return cls(**values)
+
+    def problems(self) -> list[tuple[str, str]]:
+        """What is wrong with the task before any file is read, each with what to do."""
+        found = self.plan.problems() + (self.adapt.problems() if self.adapt else [])
+        if not 0 <= self.general_share <= 10:
+            found.append(
+                (f"{self.general_share:g} general rows for every row are too many.", "Choose 0 to 10.")
+            )
+        return found
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,7 @@ class Data:
     loaded: Loaded
     dev_loaded: Loaded | None
     history: bool  # the data has a column of earlier rounds
+    general: tuple[Example, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,20 +137,31 @@ def load_data(task: FinetuneTask) -> Data:
 
     options: ReadOptions = ReadOptions.from_json(task.read_options)
     found = read(task.train_file, task.columns, options, task.limit_train, task.name or None)
-    found_dev = None
+    found_dev = found_general = None
     if task.dev_file:
         found_dev = read(
             task.dev_file, task.columns or found.columns, options, task.limit_dev, training=False
         )
-    _refuse([*found.stops, *(found_dev.stops if found_dev else ())])
+    if task.general_share:
+        found_general = read(task.general_file or GENERAL)
+    _refuse([problem for one in (found, found_dev, found_general) if one for problem in one.stops])
     history = bool(found.columns and found.columns.history)
-    if found_dev is not None:
-        return Data(found.examples, found_dev.examples, found, found_dev, history)
-    if task.dev_share:
+    train_part, dev_part = found.examples, found_dev.examples if found_dev is not None else ()
+    if found_dev is None and task.dev_share:
         parts = split(found.examples, task.dev_share, 0.0, task.split_seed)
-        chosen = [tuple(found.examples[i] for i in part) for part in (parts.train, parts.dev)]
-        return Data(chosen[0], chosen[1], found, None, history)
-    return Data(found.examples, (), found, None, history)
+        train_part, dev_part = (tuple(found.examples[i] for i in part) for part in (parts.train, parts.dev))
+    general: tuple[Example, ...] = ()
+    if found_general is not None:
+        general = _some(found_general.examples, round(task.general_share * len(train_part)), task.plan.seed)
+    return Data(train_part, dev_part, found, found_dev, history, general)
+
+
+def _some(examples: Sequence[Example], count: int, seed: int) -> tuple[Example, ...]:
+    """So many of the examples, each again only once all were taken."""
+    chance, found = random.Random(f"{seed}-general"), list[Example]()
+    while len(found) < count and examples:
+        found += chance.sample(examples, min(len(examples), count - len(found)))
+    return tuple(found)
 
 
 def carry_out(
@@ -138,7 +175,7 @@ def carry_out(
 ) -> Result:
     """Train as the task says and leave a checkpoint that loads in task.output.
 
-    on_event  also written to events.jsonl
+    on_event  also written to events.jsonl; those of the unlabelled texts to adapt/events.jsonl
     stop      asked after every step; anything true ends the training with a checkpoint to resume from
     resume    go on from the newest checkpoint in the output folder
     overwrite  a training that the output folder holds is deleted, once the new one is sure to start
@@ -147,59 +184,217 @@ def carry_out(
     GLMError for everything an analyst can correct; nothing is trained then, and what is in the folder stays.
     """
     from .. import checkpoints
-    from .audit import audit
-    from .encoding import encode_all
 
     tell = say or (lambda text: None)
     output = Path(task.output).expanduser()
-    _refuse_used(output, resume, overwrite)
-    for message, todo in task.plan.problems():
+    refuse_used(output, resume, overwrite)
+    for message, todo in task.problems():
         raise GLMError(message, todo)
-    data = load_data(task)
-    tell(f"{len(data.train):,} rows to train on, {len(data.dev):,} to check with.")
-    tell(f"Loading {Path(task.checkpoint).name} ...")
-    loaded = checkpoints.load(task.checkpoint, task.plan.precision, task.device, task.generation or None)
-    limits = (task.max_source, task.max_target)
-    plan = task.plan if task.plan.precision != "auto" else replace(task.plan, precision=loaded.precision)
-    _check_context(loaded, limits)
-    settings: dict[str, Any] = {
-        "source_prefix": task.source_prefix, "history_column": data.history, "cache": cache,
-    }  # fmt: skip
-    encoded = encode_all(data.train, loaded.tokenizer, *limits, **settings)
-    encoded_dev = encode_all(data.dev, loaded.tokenizer, *limits, **settings)
-    found = audit(data.train, data.dev, encoded, encoded_dev)
-    _refuse([finding for finding in found.findings if finding.severity == "stop"])
-    for finding in (*data.loaded.problems, *found.findings):
-        if finding.severity == "warn":
-            tell(f"{finding.message} {finding.todo}".strip())
-    trainee = _attach(loaded, task, plan)
-    manifest = _manifest(task, data, loaded, trainee)
+    work = _Work(task, output, tell, cache)
     if overwrite and output.is_dir():
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
-    _write_json(output / AUDIT, found.to_json())
-    _write_json(output / MANIFEST, manifest | {"state": "running"})
-    tell(f"Training {trainee.trainable_count:,} numbers, {task.plan.max_steps:,} steps.")
-    with (output / EVENTS).open("a" if resume else "w", encoding="utf-8") as file:
+    try:
+        result = work.run(on_event, stop, resume)
+    finally:
+        checkpoints.release(work.loaded)
+    if result.outcome.stopped or task.adapt is None or not task.adapt.compare:
+        return result
+    tell("The same training without the unlabelled texts, to compare ...")
+    plain = replace(task, adapt=None, output=str(output / WITHOUT))
+    other = carry_out(plain, on_event, stop, True, False, say, cache)
+    return replace(result, outcome=other.outcome) if other.outcome.stopped else result
 
-        def event(one: Event) -> None:
-            file.write(json.dumps({**one.to_json(), "time": round(time.time(), 3)}) + "\n")
-            file.flush()
-            if on_event is not None:
-                on_event(one)
 
+class _Work:
+    """One training with everything read and encoded; making it refuses what cannot work."""
+
+    def __init__(
+        self, task: FinetuneTask, output: Path, tell: Callable[[str], None], cache: Path | None
+    ) -> None:
+        from .. import checkpoints
+        from .audit import audit
+        from .encoding import encode_all
+
+        self.task, self.output, self.tell = task, output, tell
+        self.data = data = load_data(task)
+        mixed = f" and {len(data.general):,} general ones" if data.general else ""
+        tell(f"{len(data.train):,} rows{mixed} to train on, {len(data.dev):,} to check with.")
+        self.texts = self._texts()
+        tell(f"Loading {Path(task.checkpoint).name} ...")
+        self.loaded = loaded = checkpoints.load(
+            task.checkpoint, task.plan.precision, task.device, task.generation or None
+        )
         try:
-            outcome = train(
-                trainee, encoded, encoded_dev, plan, output, loaded.tokenizer.pad_id, event, stop, resume
-            )
-        except GLMError as error:
-            _write_json(output / MANIFEST, manifest | {"state": "failed", "error": str(error)})
+            limits = (task.max_source, task.max_target)
+            chosen = task.plan if task.plan.precision != "auto" else None
+            self.plan = chosen or replace(task.plan, precision=loaded.precision)
+            _check_context(loaded, limits)
+            settings: dict[str, Any] = {"source_prefix": task.source_prefix, "cache": cache}
+            own: dict[str, Any] = settings | {"history_column": data.history}
+            self.rows: Sequence[Any] = encode_all(data.train, loaded.tokenizer, *limits, **own)
+            self.dev = encode_all(data.dev, loaded.tokenizer, *limits, **own)
+            self.audit = audit(data.train, data.dev, self.rows, self.dev)
+            _refuse([finding for finding in self.audit.findings if finding.severity == "stop"])
+            if data.general:
+                self.rows = [*self.rows, *encode_all(data.general, loaded.tokenizer, *limits, cache=cache)]
+            for finding in (*data.loaded.problems, *self.audit.findings):
+                if finding.severity == "warn":
+                    tell(f"{finding.message} {finding.todo}".strip())
+            self.trainee = _attach(loaded, task, self.plan)
+        except BaseException:
+            checkpoints.release(loaded)
             raise
-    manifest |= {"state": "stopped" if outcome.stopped else "done", **_ended(outcome)}
-    if not outcome.stopped and outcome.best is not None:
-        publish(outcome.best, output)
-    _write_json(output / MANIFEST, manifest)
-    return Result(output, outcome, manifest)
+
+    def _texts(self) -> Texts | None:
+        from ..tables import ReadOptions
+        from .adapt import texts
+
+        adapt = self.task.adapt
+        if adapt is None:
+            return None
+        judged = [*self.data.dev]
+        for file in adapt.exclude:
+            found = read(file, self.task.columns, training=False)
+            _refuse(found.stops)
+            judged += found.examples
+        # The options belong to the training file; only where this is the same one do they fit.
+        same = Path(adapt.file) == Path(self.task.train_file)
+        options = ReadOptions.from_json(self.task.read_options) if same else None
+        return texts(adapt.file, adapt.column, judged, options, self.task.plan.seed)
+
+    def run(
+        self, on_event: Callable[[Event], None] | None, stop: Callable[[], object] | None, resume: bool
+    ) -> Result:
+        """Adapt, train, publish; the manifest says at any time how far it is."""
+        from . import state
+
+        manifest = _manifest(self.task, self.data, self.loaded, self.trainee)
+        _write_json(self.output / AUDIT, self.audit.to_json())
+        before = _read_json(self.output / MANIFEST) if resume else {}
+        if "adapt" in before:
+            manifest["adapt"] = before["adapt"]
+        _write_json(self.output / MANIFEST, manifest | {"state": "running"})
+        pad = self.loaded.tokenizer.pad_id
+        try:
+            if self.texts is not None and not (resume and state.latest(self.output)):
+                outcome = self._adapt(manifest, on_event, stop)
+                if outcome.stopped:
+                    _write_json(self.output / MANIFEST, manifest | {"state": "stopped"})
+                    return Result(self.output, outcome, manifest | {"state": "stopped"})
+            self.tell(f"Training {self.trainee.trainable_count:,} numbers, {self.plan.max_steps:,} steps.")
+            with _EventFile(self.output, resume, on_event, self._sampler()) as tell:
+                outcome = train(
+                    self.trainee, self.rows, self.dev, self.plan, self.output, pad, tell, stop, resume
+                )
+        except GLMError as error:
+            _write_json(self.output / MANIFEST, manifest | {"state": "failed", "error": str(error)})
+            raise
+        manifest |= {"state": "stopped" if outcome.stopped else "done", **_ended(outcome)}
+        if not outcome.stopped and outcome.best is not None:
+            publish(outcome.best, self.output)
+        _write_json(self.output / MANIFEST, manifest)
+        return Result(self.output, outcome, manifest)
+
+    def _adapt(
+        self,
+        manifest: dict[str, Any],
+        on_event: Callable[[Event], None] | None,
+        stop: Callable[[], object] | None,
+    ) -> Outcome:
+        """Train on the unlabelled texts, and keep in the manifest what that changed."""
+        from .adapt import encode_texts
+
+        adapt, texts, plan = self.task.adapt, self.texts, self.plan
+        assert adapt is not None and texts is not None
+        tokenizer, folder = self.loaded.tokenizer, self.output / FOLDER
+        rows, held = (encode_texts(one, tokenizer, adapt.length) for one in (texts.train, texts.held))
+        own = replace(
+            plan,
+            max_steps=adapt.steps(len(rows), plan.batch_size * plan.accumulation),
+            learning_rate=adapt.learning_rate or plan.learning_rate,
+            warmup_steps=None,
+            save_total=1,
+        )
+        self.tell(f"Reading {len(texts.train):,} unlabelled texts, {own.max_steps:,} steps.")
+        pad, size = tokenizer.pad_id, plan.batch_size
+        found = {
+            "texts": len(texts.train), "held": len(texts.held), "rows": texts.rows, "empty": texts.empty,
+            "copies": texts.copies, "excluded": texts.excluded, "steps": own.max_steps,
+            "sha256": _sha256(Path(adapt.file)),
+        }  # fmt: skip
+        before = _read_json(folder / MANIFEST)
+        if "dev_loss_before" not in before:
+            before = {"text_loss_before": mean_loss(self.trainee, held, size, pad), "dev_loss_before": None}
+            if len(self.dev):
+                before["dev_loss_before"] = mean_loss(self.trainee, self.dev, size, pad)
+            folder.mkdir(exist_ok=True)
+            _write_json(folder / MANIFEST, before)
+        with _EventFile(folder, True, on_event) as tell:
+            outcome = train(self.trainee, rows, held, own, folder, pad, tell, stop, True)
+        if not outcome.stopped:
+            found |= before | {"text_loss": mean_loss(self.trainee, held, size, pad), "dev_loss": None}
+            if len(self.dev):
+                found["dev_loss"] = mean_loss(self.trainee, self.dev, size, pad)
+            manifest["adapt"] = found | {"seconds": outcome.seconds}
+            _write_json(self.output / MANIFEST, manifest | {"state": "running"})
+        return outcome
+
+    def _sampler(self) -> Callable[[Event], None]:
+        """What writes the model's answers to a few dev questions at every checkpoint."""
+        from .encoding import encode_prompt
+
+        rows = _varied(self.data.dev or self.data.train)
+        prompts = [
+            encode_prompt(one, self.loaded.tokenizer, self.task.max_source, source_prefix=self.task.source_prefix)
+            for one in rows
+        ]  # fmt: skip
+        tokenizer, longest = self.loaded.tokenizer, min(SAMPLED_TOKENS, self.task.max_target)
+
+        def sample(event: Event) -> None:
+            if event.kind != "saved":
+                return
+            self.trainee.evaluating()
+            answers = self.trainee.greedy(prompts, tokenizer.stop_ids, longest, tokenizer.pad_id)
+            with (self.output / SAMPLES).open("a", encoding="utf-8") as file:
+                for row, ids in zip(rows, answers, strict=True):
+                    told = tokenizer.answer_text(ids, len(ids) < longest)
+                    line = {
+                        "step": event.step, "prompt": row.prompt, "expected": row.response, "answer": told,
+                    }  # fmt: skip
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+        return sample
+
+
+def _varied(examples: Sequence[Example]) -> list[Example]:
+    """A few examples, of different classes where there are classes."""
+    if labels_of([one.response for one in examples]):
+        first = {one.response: one for one in reversed(examples)}
+        chosen = list(first.values())[:SAMPLED]
+        return chosen + [one for one in examples if one not in chosen][: SAMPLED - len(chosen)]
+    return list(examples[:SAMPLED])
+
+
+class _EventFile:
+    """Writes every event into a folder's events.jsonl as it comes, and passes it on."""
+
+    def __init__(self, folder: Path, resume: bool, *also: Callable[[Event], None] | None) -> None:
+        self._path, self._mode = folder / EVENTS, "a" if resume else "w"
+        self._also = [one for one in also if one is not None]
+
+    def __enter__(self) -> Callable[[Event], None]:
+        self._file = self._path.open(self._mode, encoding="utf-8")
+        return self._tell
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _tell(self, event: Event) -> None:
+        self._file.write(json.dumps({**event.to_json(), "time": round(time.time(), 3)}) + "\n")
+        self._file.flush()
+        for one in self._also:
+            one(event)
 
 
 def publish(step: Path, output: Path) -> None:
@@ -227,7 +422,7 @@ def _refuse(stops: Sequence[Problem]) -> None:
         )
 
 
-def _refuse_used(output: Path, resume: bool, overwrite: bool) -> None:
+def refuse_used(output: Path, resume: bool, overwrite: bool) -> None:
     if resume or not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
@@ -294,6 +489,15 @@ def _ended(outcome: Outcome) -> dict[str, Any]:
         "tokens": outcome.tokens,
         "peak_bytes": outcome.peak_bytes,
     }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none, or none that is whole."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def read_events(folder: str | Path) -> list[dict[str, Any]]:

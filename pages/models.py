@@ -10,7 +10,7 @@ import streamlit as st
 
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
-from pages.shared import page, panels, pickers, state
+from pages.shared import convert_panel, page, panels, pickers, state
 from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
@@ -35,12 +35,14 @@ def main() -> None:
     )
     found = state.checkpoints((*state.settings().model_roots, *added_folders()))
     in_memory()
+    convert_panel.outcome()
     with st.container(key="models_columns"):
         left, right = st.columns([3, 2])
     with right.container(border=True):
         load_panel(found)
     with left:
         listing(found)
+    convert_panel.dialog(found)
     panels.rerun_on_model_change()
 
 
@@ -320,6 +322,8 @@ def load_panel(found: list[CheckpointInfo]) -> None:
         key="models_choice",
     )
     info = by_path[str(chosen)]
+    if info.needs_base and convert_panel.asks_for_base(found):
+        return  # the dialog above has the one base picker a page can have
     on = pickers.base(info, choices) if info.needs_base else info
     if on is None:
         return
@@ -338,7 +342,7 @@ def load_panel(found: list[CheckpointInfo]) -> None:
             f"{stored} 权重约需 **{needs}**，另需工作内存。卸载当前模型后可用 {has}。",
         )
     )
-    busy = state.model_state()[0] == "loading"
+    busy = state.model_state()[0] == "loading" or state.making().busy
     if st.button(
         t("Load", "加载"),
         type="primary",
@@ -400,16 +404,11 @@ def checkpoint_card(info: CheckpointInfo) -> None:
             if not info.loadable:
                 st.badge(t("cannot be loaded", "无法加载"), icon=":material/block:", color="orange")
             st.space("stretch")
-            if info.loadable and not current:
-                st.button(
-                    t("Choose", "选择"),
-                    key=f"choose {info.path}",
-                    type="tertiary",
-                    icon=":material/arrow_forward:",
-                    icon_position="right",
-                    on_click=state.session_set,
-                    args=("models_choice", str(info.path)),
-                )
+            if info.loadable:
+                with st.container(horizontal=True, width="content", gap="small"):
+                    convert_panel.open_button(info)
+                    if not current:
+                        choose_button(info)
         if info.adapter is not None:
             st.markdown(adapter_facts(info))
         if facts := checkpoint_facts(info):
@@ -417,6 +416,20 @@ def checkpoint_card(info: CheckpointInfo) -> None:
         for one in info.problems:
             st.markdown(f":orange[:material/warning:] {plain(said(one))}")
         st.caption(f":material/folder: {plain(str(info.path))}")
+        convert_panel.card_note(info)
+
+
+def choose_button(info: CheckpointInfo) -> None:
+    """The button that selects a checkpoint in the load panel."""
+    st.button(
+        t("Choose", "选择"),
+        key=f"choose {info.path}",
+        type="tertiary",
+        icon=":material/arrow_forward:",
+        icon_position="right",
+        on_click=state.session_set,
+        args=("models_choice", str(info.path)),
+    )
 
 
 def kinds(info: CheckpointInfo) -> None:

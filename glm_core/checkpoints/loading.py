@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -220,6 +221,8 @@ def base_of(info: CheckpointInfo, base: str | Path | None) -> CheckpointInfo:
     _refuse_problems(found)
     if found.needs_base:
         raise GLMError(f"{found.name} is itself an adapter.", "Choose a whole checkpoint as the base.")
+    if found.method == "p-tuning-v2":
+        raise GLMError(f"{found.name} carries a prefix of its own.", "Choose the base without it.")
     info.adapter.check_base(read_config(found.path), found.name)
     return found
 
@@ -361,11 +364,15 @@ def load_tokenizer(folder: Path, generation: str) -> Tokenizer:
     return TemplateTokenizer(folder, generation)
 
 
+# Both libraries change torch for the whole process while they build a model.
+_building = threading.RLock()
+
+
 def empty_model(architecture: str, raw: Mapping[str, Any], generation: str) -> PreTrainedModel:
     """The model of a released config.json with its weights on torch's meta device, its tables computed."""
     from accelerate import init_empty_weights
 
-    with init_empty_weights(include_buffers=False):
+    with _building, init_empty_weights(include_buffers=False):
         if architecture == "chatglm":
             from ..models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 
@@ -489,7 +496,7 @@ def _native_model(info: CheckpointInfo, stored: Mapping[str, Stored], dtype: tor
         )
     try:
         config = AutoConfig.from_pretrained(str(info.path), local_files_only=True)
-        with init_empty_weights(include_buffers=False):
+        with _building, init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             if _untied(model, stored):
                 config.tie_word_embeddings = False

@@ -11,13 +11,14 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GLMError
 from ..weights import read_json, tensors, weight_files
-from .inspecting import PREFIX_KEYS, UNFINISHED, read_config
-from .loading import LoadedModel, Progress, load
+from .inspecting import PREFIX_KEYS, UNFINISHED, CheckpointInfo, generation_of, read_config
+from .loading import LoadedModel, Progress, base_of, load
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,11 +34,17 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 def save(loaded: LoadedModel, folder: str | Path, progress: Progress | None = None) -> Path:
     """Write a loaded model in the released layout of its family: names, shapes and config.json as published.
 
-    LoRA layers are to be merged first (`merge`). GLMError if the folder exists and is not empty.
+    A prefix that came in a whole checkpoint is written with it. LoRA layers are to be merged first (`merge`).
+    GLMError if the folder exists and is not empty.
     """
     from ..models import released
 
     source = loaded.base or loaded.info
+    if loaded.prefix is not None and loaded.base is not None:
+        raise GLMError(
+            f"{loaded.info.name} holds a P-tuning v2 prefix alone.",
+            "Convert its base; a prefix is kept beside it, and export writes it in the released layout.",
+        )
     config = read_config(source.path)
     config.pop("auto_map", None)  # points at code that this product never runs
     bits = source.bits or (
@@ -52,14 +59,22 @@ def save(loaded: LoadedModel, folder: str | Path, progress: Progress | None = No
         config["torch_dtype"] = DTYPES[loaded.precision]
     state = loaded.model.state_dict()
     own = source.architecture not in ("chatglm", "chatglm2")
+    weights = state.items() if own else released.to_released(state, loaded.model.config)
+    if loaded.prefix is not None:
+        weights = chain(weights, loaded.prefix.released_state().items())
     return write(
-        folder,
-        state.items() if own else released.to_released(state, loaded.model.config),
-        config,
-        source.path,
-        progress,
-        loaded.weight_bytes,
+        folder, weights, config, source.path, progress, loaded.weight_bytes, _told(loaded, source, config)
     )
+
+
+def _told(loaded: LoadedModel, source: CheckpointInfo, config: dict[str, Any]) -> dict[str, Any] | None:
+    """tokenizer_config.json with the generation, where only the name of the folder had told it."""
+    generation = loaded.tokenizer.generation
+    marked = source.path / "tokenizer_config.json"
+    told = read_json(marked) if marked.is_file() else {}
+    if source.architecture != "chatglm2" or told.get("glm_generation") == generation:
+        return None
+    return told | {"glm_generation": generation} if generation_of(Path(), config) != generation else None
 
 
 def convert(
@@ -87,6 +102,11 @@ def convert_to_glm(
         raise GLMError(
             f"{info.family} cannot be written as `glm`: transformers has no class for it.",
             "Convert ChatGLM2, ChatGLM3 or GLM-4.",
+        )
+    if info.method == "p-tuning-v2":
+        raise GLMError(
+            f"{info.name} carries a P-tuning v2 prefix, which `glm` has no place for.",
+            "Convert the base without it.",
         )
     if info.bits or precision.startswith("int"):
         raise GLMError("INT8/INT4 weights cannot be written as `glm`.", "Start from bf16 or fp16 weights.")
@@ -117,17 +137,19 @@ def merge(
 ) -> Path:  # fmt: skip
     """Add a LoRA adapter to its base's weights and write the whole checkpoint in the released layout."""
     from .. import adapters
+    from .inspecting import inspect
 
-    loaded = load(path, precision, "cpu", base=base)
-    if loaded.info.method != "lora":
+    info = inspect(Path(path).expanduser())
+    if info.method != "lora":
         raise GLMError(
-            f"{loaded.info.name} is no LoRA adapter.",
+            f"{info.name} is no LoRA adapter.",
             "A P-tuning v2 prefix is kept beside its base; use export.",
         )
-    if loaded.precision.startswith("int"):
+    if precision.startswith("int") or base_of(info, base).bits:
         raise GLMError(
             "LoRA cannot be merged into INT8/INT4 weights.", "Choose a base with bf16 or fp16 weights."
         )
+    loaded = load(path, precision, "cpu", base=base, progress=progress)
     adapters.merge_lora(loaded.model)
     return save(loaded, folder, progress)
 

@@ -693,6 +693,10 @@ SENTENCES: dict[str, str] = {
     "There are too few labelled rows to correct by.": "标注行太少，无法校正。",
     "There are no labelled rows.": "没有标注行。",
     "All labelled rows are alike; this is the Wilson interval of them alone.": "所有标注行都相同；此处仅为标注行的 Wilson 区间。",
+    "{} holds a P-tuning v2 prefix alone.": "{} 只含 P-tuning v2 前缀。",
+    "Convert its base; a prefix is kept beside it, and export writes it in the released layout.": "请转换其基座；前缀与基座分开保存，可用导出按发布格式写出。",
+    "{} carries a P-tuning v2 prefix, which `glm` has no place for.": "{} 带有 P-tuning v2 前缀，而 `glm` 格式无法容纳它。",
+    "Convert the base without it.": "请转换不带前缀的基座。",
     # --- the pages' own
     "The self-test did not end: {}.": "自检未能完成：{}。",
     "There is no checkpoint in {}, nor up to two folders below it.": "{} 及其下两层文件夹中都没有检查点。",
@@ -708,6 +712,22 @@ SENTENCES: dict[str, str] = {
     "Give the path of a file in it.": "请给出其中某个文件的路径。",
     "The uploaded table is no longer in the workspace.": "上传的表格已不在工作区中。",
     "Upload it again.": "请重新上传。",
+    "The rows could not be read: {}.": "无法读取数据行：{}。",
+    "The terminal shows where; try a smaller file.": "出错位置见终端；请尝试较小的文件。",
+    "The steps could not be timed: {}.": "无法试跑计时：{}。",
+    "The terminal shows where; the training can be started.": "出错位置见终端；仍可以开始训练。",
+    "There are no rows to learn from.": "没有可用于训练的行。",
+    "Choose a file with rows, or other columns.": "请选择有数据行的文件，或换用其他列。",
+    "The result has no name.": "结果还没有名称。",
+    "Give it one, such as comments-lora.": "请取一个名称，例如 comments-lora。",
+    "The name {} cannot be that of a folder.": "名称 {} 不能用作文件夹名。",
+    "Use letters, digits, dots, - and _.": "请使用字母、数字、点、- 和 _。",
+    "{} was not saved as {}: {}.": "{} 未能另存为 {}：{}。",
+    "The terminal shows where; choose another precision or checkpoint.": "出错位置见终端；请选择其他精度或检查点。",
+    "The new folder has no name.": "新文件夹没有名称。",
+    "Type one.": "请输入名称。",
+    "A new folder cannot be called {}.": "新文件夹不能命名为 {}。",
+    "Choose a short name without slashes and other signs, such as chatglm3-6b-int4.": "请使用不含斜杠等符号的简短名称，例如 chatglm3-6b-int4。",
 }
 
 # Words and phrases of the program inside its sentences; only parts marked {:t} are looked up here.

@@ -21,7 +21,7 @@ from glm_core.settings import MINI, Settings
 
 if TYPE_CHECKING:
     from glm_core.chat import ConversationStore
-    from glm_core.checkpoints import CheckpointInfo
+    from glm_core.checkpoints import CheckpointInfo, Progress
     from glm_core.effect import EffectReport
     from glm_core.engine import Engine, EngineHost
     from glm_core.jobs import JobStore, Supervisor
@@ -271,6 +271,78 @@ class Measuring(Background):
 
     def _progress(self, done: int, total: int) -> None:
         self.done, self.total = done, total
+
+
+class Making(Background):
+    """The last copy of a checkpoint in another form asked for on a screen; of a large model it takes minutes."""
+
+    def __init__(self) -> None:
+        super().__init__("glm-save")
+        self.source: Path | None = None
+        self.target: Path | None = None
+        self.made: CheckpointInfo | None = None  # the new folder, once it is whole
+        self._expected, self._read = 0, (0, 0)  # bytes to write; bytes read so far and of all files
+
+    def start(self, source: Path, target: Path, expected: int, make: Callable[[Progress], object]) -> None:
+        """Let `make` write a new folder; it may tell how many bytes of the source it has read.
+
+        expected   bytes the folder will have
+        """
+
+        def prepare() -> None:
+            self.source, self.target, self.made = source, target, None
+            self._expected, self._read = expected, (0, 0)
+
+        def work() -> None:
+            from glm_core.checkpoints import inspect
+            from glm_core.engine import trim
+
+            problem: GLMError | None = None
+            try:
+                make(self._reading)
+            except GLMError as error:
+                problem = GLMError(error.message, error.todo)
+            gc.collect()
+            trim()
+            if problem is not None:  # raised out here: the first one's traceback keeps the weights in memory
+                raise problem
+            self.made = inspect(target)
+            checkpoints.clear()
+
+        self.begin(
+            prepare,
+            work,
+            lambda reason: GLMError(
+                f"{source.name} was not saved as {target.name}: {reason}.",
+                "The terminal shows where; choose another precision or checkpoint.",
+            ),
+        )
+
+    def progress(self) -> tuple[bool, int, int]:
+        """(whether the new folder is being written, bytes read or written, of how many; 0 while not known)."""
+        from glm_core.checkpoints.inspecting import UNFINISHED
+
+        assert self.target is not None
+        try:
+            unfinished = self.target.with_name(self.target.name + UNFINISHED)
+            written = sum(file.stat().st_size for file in unfinished.iterdir())
+        except OSError:  # not begun, or just renamed
+            written = 0
+        return (True, written, max(written, self._expected)) if written else (False, *self._read)
+
+    def forget(self) -> None:
+        """Take the outcome off the screen."""
+        if not self.busy:
+            self.error = self.made = None
+
+    def _reading(self, done: int, total: int) -> None:
+        self._read = done, total
+
+
+@st.cache_resource(show_spinner=False)
+def making() -> Making:
+    """The one copy of a checkpoint in the making, shared by all sessions."""
+    return Making()
 
 
 @st.cache_resource(show_spinner=False)

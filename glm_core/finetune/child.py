@@ -137,14 +137,16 @@ def _work(folder: Path, what: job.FinetuneJob, stop: _Stop) -> tuple[str, ...] |
         if result.outcome.stopped:
             return None
     stop.idle()
-    if not what.report or (folder / job.REPORT).is_file():
+    todo = [one for one in _parts(folder, what) if not (one / job.REPORT).is_file()]
+    if not what.report or not todo:
         return ()
     stage = "measuring"
     say("Measuring what the training changed ...")
     try:
         from . import report
 
-        report.make(folder, say=say, stop=stop.asked.is_set)
+        for one in todo:
+            report.make(one, say=say, stop=stop.asked.is_set)
     except Exception as error:  # the training is done and is of use without a report
         if stop.asked.is_set():
             return None
@@ -157,9 +159,13 @@ def _work(folder: Path, what: job.FinetuneJob, stop: _Stop) -> tuple[str, ...] |
 
 def _trained(folder: Path, what: job.FinetuneJob) -> bool:
     """Whether only the report is left to make."""
+    return all(job.read_json(part / MANIFEST).get("state") == "done" for part in _parts(folder, what))
+
+
+def _parts(folder: Path, what: job.FinetuneJob) -> tuple[Path, ...]:
+    """The folder, and that of the same training without the unlabelled texts where both are to be compared."""
     compared = what.task.adapt is not None and what.task.adapt.compare
-    parts = (folder, folder / WITHOUT) if compared else (folder,)
-    return all(job.read_json(part / MANIFEST).get("state") == "done" for part in parts)
+    return (folder, folder / WITHOUT) if compared else (folder,)
 
 
 def _mend(path: Path) -> None:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..tokenizers.chatglm2 import ChatGLM2Tokenizer, Message
-from .corpus import Comment
+from .corpus import ANSWERS, Comment
 
-CHINESE_LABELS = {"spam": "垃圾", "normal": "正常"}
+CHINESE_LABELS = ANSWERS
 ENGLISH_LABELS = {"spam": "spam", "normal": "normal"}
 
 # The first of each list is what the pages offer and the evaluation asks.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from pages.shared import job_panel, page, panels, state
+from pages.shared import classify_review, finetune_run, job_panel, page, panels, state
 from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from glm_core.jobs import Job
 
 OPEN = (*job_panel.MOVING, "paused")
+ICONS = {"batch": ":material/table_rows:", "classify": ":material/label:", "finetune": ":material/tune:"}  # a job's kind is its page
 LISTED = 500
 PAGE_JOBS = 15
 
@@ -70,25 +72,33 @@ def card(job: Job, asked: bool) -> None:
     """One job: what, how far, how fast, and its buttons."""
     with st.container(border=True, gap="xsmall", key=f"{'asked' if asked else 'job'}_{job.id}"):
         with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
-            if job.kind == "batch":
-                page.link("batch", (f"**{plain(job.title)}**",) * 2, ":material/table_rows:", job=job.id)
+            if job.kind in ICONS:
+                page.link(job.kind, (f"**{plain(job.title)}**",) * 2, ICONS[job.kind], job=job.id)
             else:
                 st.markdown(f"**{plain(job.title)}**", width="content")
             job_panel.badges(job)
             st.space("stretch")
-            if job.kind == "batch":
-                page.link("batch", ("Open", "打开"), ":material/open_in_new:", job=job.id)
-            job_panel.actions(job, "list")
-        if job.state in OPEN:
+            if job.kind in ICONS:
+                page.link(job.kind, ("Open", "打开"), ":material/open_in_new:", job=job.id)
+            # The rows of a classification are paused, retried and deleted as those of a batch.
+            job_panel.actions(replace(job, kind="batch") if job.kind == "classify" else job, "list")
+        if job.kind == "classify":
+            classify_review.goes_with(job)
+        training = finetune_run.status_of(job) if job.kind == "finetune" else None
+        if training is not None and job.state in OPEN:
+            st.progress(finetune_run.share(training))
+        elif job.state in OPEN:
             job_panel.bar(job)
-        st.caption(" · ".join(facts(job)))
-        if job.message and job.state != "done":
+        done = job_panel.rows_done(job) if training is None else finetune_run.progress_words(job, training)
+        st.caption(" · ".join([done, *facts(job)]))
+        told = training is not None and job.state == "running" and training.state == "running"
+        if job.message and job.state != "done" and not told:
             st.caption(f":orange[:material/info:] {plain(said(job.message))}")
 
 
 def facts(job: Job) -> list[str]:
-    """Rows, trouble, speed, time left, start and duration, as far as they are known."""
-    parts = [job_panel.rows_done(job)]
+    """Trouble, speed, time left, start and duration, as far as they are known."""
+    parts = []
     if job.failed:
         parts.append(t(f"{job.failed:,} failed", f"{job.failed:,} 行失败"))
     if job.truncated:

@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--retry-failed", action="store_true", help="answer a finished job's failed rows anew")
     one.add_argument("--no-guard", action="store_true", help="CSV for machines: leave = + - @ as they are")
 
+    _classify(commands)
     one = _command(
         commands, "models", "the checkpoints on this machine", "Without a word more it lists them."
     )
@@ -92,6 +93,7 @@ def parser() -> argparse.ArgumentParser:
             two.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: bf16")
 
     _finetune(commands)
+    _evaluate(commands)
     one = _command(commands, "doctor", "what is installed, what is missing, how to get it", "")
     one.add_argument("--json", action="store_true", help="for programs")
     return top
@@ -128,12 +130,17 @@ def _finetune(commands: Any) -> None:
     for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
         data.add_argument(f"--{name}", type=_positive, metavar="N")
     data.add_argument(
+        "--dev_share", type=float, default=0.0, metavar="X",
+        help="of the training rows held back to measure with, where there is no --validation_file; default: 0",
+    )  # fmt: skip
+    data.add_argument(
         "--general_share", type=float, default=0.0, metavar="X",
         help="general conversations mixed in for every row, so that less is forgotten; default: 0",
     )  # fmt: skip
     data.add_argument("--general_file", metavar="FILE", help="where they are; default: those that come along")
     data.add_argument("--adapt_file", metavar="FILE", help="unlabelled texts to read before the rows")
     data.add_argument("--adapt_column", default="", metavar="NAME", help="their column")
+    data.add_argument("--adapt_length", type=_positive, default=128, metavar="N", help="tokens; default: 128")
     data.add_argument("--adapt_epochs", type=float, default=1.0, metavar="X", help="default: 1")
     data.add_argument("--adapt_learning_rate", type=float, metavar="X", help="default: that of the rows")
     data.add_argument("--adapt_compare", action="store_true", help="also train without them")
@@ -172,6 +179,111 @@ def _finetune(commands: Any) -> None:
     loop.add_argument("--seed", type=int, default=42)
 
 
+def _evaluate(commands: Any) -> None:
+    one = _command(
+        commands, "evaluate", "score a checkpoint, or predictions, on a labelled file",
+        "Finished rows are kept whatever happens: the same command goes on where it was stopped.",
+    )  # fmt: skip
+    one.add_argument("file", type=Path, nargs="?", metavar="FILE", help="a labelled table")
+    one.add_argument(
+        "--predictions", type=Path, metavar="FILE",
+        help="score these instead: {labels, predict} lines, or a table with two such columns",
+    )  # fmt: skip
+    one.add_argument("--list", action="store_true", help="the runs there are")
+    one.add_argument("--json", action="store_true", help="for programs")
+    one.add_argument("--out", type=Path, metavar="DIR", help="write scores, rows and manifest into a folder")
+    one.add_argument("--title", type=_text, default="", metavar="TEXT", help="name of the run")
+    one.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+    task = one.add_argument_group("task")
+    task.add_argument("--kind", choices=("text", "label", "choice", "number"), help="default: found out")
+    task.add_argument(
+        "--method", choices=("generate", "likelihood", "chain"),
+        help="generate an answer, take the likeliest of those possible, or think first; default: by the kind",
+    )  # fmt: skip
+    for name, what in (
+        ("prompt", "the question"), ("response", "the correct answer"), ("prediction", "what was predicted"),
+    ):  # fmt: skip
+        task.add_argument(
+            f"--{name}_column", f"--{name}-column", type=_text, default="", metavar="NAME",
+            help=f"{what}; default: found out",
+        )  # fmt: skip
+    task.add_argument("--labels", type=_text, default="", metavar="A,B", help="default: those of the file")
+    task.add_argument(
+        "--template", type=_text, default="", metavar="TEXT", help="such as 'Translate: {text}'"
+    )
+    task.add_argument(
+        "--few-shot", type=int, default=0, metavar="N", help="solved examples before a question"
+    )
+    task.add_argument("--few-shot-file", type=Path, metavar="FILE", help="default: the first rows of FILE")
+    task.add_argument("--metrics", type=_text, default="", metavar="A,B", help="default: all of the kind")
+    _model_options(one)
+    _sampling_options(one, "greedy")
+    one.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
+    one.add_argument("--sheet", help="sheet of a workbook; default: the first")
+    one.add_argument("--encoding", help="such as utf-8 or gb18030; default: found out")
+    one.add_argument("--delimiter", type=_delimiter, help="one character, or tab; default: found out")
+    one.add_argument("--on-bad-rows", choices=("stop", "skip", "join"), default="stop", help="default: stop")
+
+    one = _command(
+        commands, "compare", "which of two runs is better, and whether that is certain",
+        "Differences are those of RUN_B to RUN_A.",
+    )  # fmt: skip
+    one.add_argument("runs", nargs="+", metavar="RUN", help="two to four runs, by id or by name")
+    one.add_argument("--metric", type=_text, default="", metavar="NAME", help="decides; default: by the kind")
+    one.add_argument(
+        "--delta", type=float, default=1.0, metavar="POINTS", help="what counts as no difference; default: 1"
+    )
+    one.add_argument("--json", action="store_true", help="for programs")
+    one.add_argument("--html", type=Path, metavar="FILE", help="write a report that opens offline")
+
+
+def _classify(commands: Any) -> None:
+    one = _command(
+        commands, "classify", "one label of a set per row of a table, with its probability",
+        "Finished rows are kept whatever happens: the same command goes on where it was stopped.",
+    )  # fmt: skip
+    one.add_argument("file", type=Path, metavar="FILE", help="csv, tsv, xlsx, xls, json, jsonl or parquet")
+    one.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help=f"where to: {', '.join(FORMATS)}"
+    )
+    which = one.add_mutually_exclusive_group(required=True)
+    which.add_argument("--column", type=_text, help="the texts")
+    which.add_argument(
+        "--template",
+        type=_text,
+        help='the whole question, such as "{content}" for a checkpoint fine-tuned so',
+    )
+    one.add_argument(
+        "--labels", type=_text, default="正常,垃圾", metavar="A,B",
+        help='default: 正常,垃圾; "0=正常,1=垃圾" where data and model have different words',
+    )  # fmt: skip
+    one.add_argument("--instruction", type=_text, metavar="TEXT", help="put first; default: by the labels")
+    one.add_argument("--positive", type=_text, default="", metavar="LABEL", help="default: the second of two")
+    one.add_argument("--threshold", type=float, metavar="P", help="probability that makes a row positive")
+    one.add_argument(
+        "--abstain-below", type=float, default=0.0, metavar="P", help="less sure rows are to be reviewed"
+    )
+    one.add_argument(
+        "--content-free", action="store_true", help="take away what the question says without a text"
+    )
+    one.add_argument("--gold", type=_text, metavar="COLUMN", help="the correct labels, to score against")
+    one.add_argument(
+        "--gold-value", type=_text, action="append", metavar="VALUE=LABEL",
+        help="what a value of that column means; may repeat",
+    )  # fmt: skip
+    one.add_argument("--output-column", type=_text, default="label", metavar="NAME", help="default: label")
+    one.add_argument("--json", action="store_true", help="for programs")
+    _model_options(one)
+    one.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
+    one.add_argument("--sheet", help="sheet of a workbook; default: the first")
+    one.add_argument("--encoding", help="such as utf-8 or gb18030; default: found out")
+    one.add_argument("--delimiter", type=_delimiter, help="one character, or tab; default: found out")
+    one.add_argument("--on-bad-rows", choices=("stop", "skip", "join"), default="stop", help="default: stop")
+    one.add_argument("--restart", action="store_true", help="begin anew instead of going on")
+    one.add_argument("--retry-failed", action="store_true", help="label a finished job's failed rows anew")
+    one.add_argument("--no-guard", action="store_true", help="CSV for machines: leave = + - @ as they are")
+
+
 def _command(commands: Any, name: str, does: str, more: str) -> argparse.ArgumentParser:
     made: argparse.ArgumentParser = commands.add_parser(
         name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}", allow_abbrev=False
@@ -181,7 +293,9 @@ def _command(commands: Any, name: str, does: str, more: str) -> argparse.Argumen
 
 def _model_options(one: argparse.ArgumentParser) -> None:
     group = one.add_argument_group("model")
-    group.add_argument("--model", metavar="PATH", help="folder or name; default: the embedded model")
+    group.add_argument(
+        "--model", "--checkpoint", metavar="PATH", help="folder or name; default: the embedded model"
+    )
     group.add_argument(
         "--base", metavar="PATH", help="the checkpoint under an adapter; default: what it names"
     )

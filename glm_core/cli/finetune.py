@@ -48,19 +48,21 @@ def finetune(options: argparse.Namespace) -> int:
 
 
 def _task(options: argparse.Namespace) -> FinetuneTask:
+    from ..checkpoints import inspect
     from ..finetune.examples import Columns
     from ..finetune.work import FinetuneTask
 
-    columns = None
+    folder, columns = folder_of(options.model_name_or_path), None
     if options.prompt_column and options.response_column:
         columns = Columns(options.prompt_column, options.response_column, options.history_column)
     return FinetuneTask(
-        checkpoint=str(folder_of(options.model_name_or_path)),
-        plan=_plan(options),
+        checkpoint=str(folder),
+        plan=_plan(options, inspect(folder).parameters),
         train_file=options.train_file or options.test_file or options.validation_file,
         output=options.output_dir,
         dev_file=(options.validation_file or "") if options.do_train else "",
         columns=columns,
+        dev_share=options.dev_share if options.do_train and not options.validation_file else 0.0,
         max_source=options.max_source_length,
         max_target=options.max_target_length,
         source_prefix=options.source_prefix,
@@ -85,12 +87,13 @@ def _adapt(options: argparse.Namespace) -> Adapt | None:
         options.adapt_column,
         options.adapt_epochs,
         options.adapt_learning_rate,
+        options.adapt_length,
         exclude=(options.test_file,) if options.test_file else (),
         compare=options.adapt_compare,
     )
 
 
-def _plan(options: argparse.Namespace) -> Plan:
+def _plan(options: argparse.Namespace, parameters: int) -> Plan:
     """The published scripts' meaning of the flags: a prefix with --pre_seq_len, else all weights."""
     from ..finetune.loop import Plan, default_rate
     from ..finetune.methods import Method
@@ -108,7 +111,7 @@ def _plan(options: argparse.Namespace) -> Plan:
     return Plan(
         method=method,
         precision=_precision(options),
-        learning_rate=options.learning_rate or default_rate(method),
+        learning_rate=options.learning_rate or default_rate(method.kind, parameters),
         batch_size=options.per_device_train_batch_size,
         accumulation=options.gradient_accumulation_steps,
         max_steps=options.max_steps,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import GLMError
 from . import state
-from .methods import IGNORED, Method, Trainee
+from .methods import IGNORED, Kind, Method, Trainee
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ MULTIPLE = 8  # of columns a batch is padded to
 POOL = 50  # batches whose rows are sorted by length together; between pools the order is random
 ZERO_LOSSES = 3
 # What the published scripts and the papers train with, and for whole weights of a model this small five times that.
-RATES = {"lora": 1e-3, "p-tuning-v2": 5e-3, "freeze": 1e-4, "full": 1e-4}
+RATES: dict[Kind, float] = {"lora": 1e-3, "p-tuning-v2": 5e-3, "freeze": 1e-4, "full": 1e-4}
 SMALL, SMALL_FACTOR = 100_000_000, 5.0
 # Changing these between a stop and a resume changes no number of the training.
 FREE = ("save_steps", "logging_steps", "save_total")
@@ -172,10 +172,10 @@ class Outcome:
         return min((loss for _, loss in self.dev), default=None)
 
 
-def default_rate(method: Method, parameters: int = 0) -> float:
+def default_rate(kind: Kind, parameters: int = 0) -> float:
     """The learning rate to begin with, for a model of so many parameters where that is known."""
-    small = method.kind in ("freeze", "full") and 0 < parameters < SMALL
-    return RATES[method.kind] * (SMALL_FACTOR if small else 1.0)
+    small = kind in ("freeze", "full") and 0 < parameters < SMALL
+    return RATES[kind] * (SMALL_FACTOR if small else 1.0)
 
 
 class TrainingError(GLMError):

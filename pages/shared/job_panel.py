@@ -119,11 +119,17 @@ def message(job: Job) -> None:
 def actions(job: Job, place: str) -> None:
     """The buttons that fit the state of a job; `place` keeps the keys of two screens apart."""
     key = f"{place}_{job.id}"
+    rows = job.kind == "batch"  # others count something else, and say themselves what is left
     if job.state in ("queued", "running") and job.stop_request != "cancel":
         if job.stop_request != "pause":
-            _button("pause", t("Pause", "暂停"), "pause", job, key)
-    if job.state in STOPPED and job.complete and job.left:
-        _button("resume", t("Resume", "继续"), "play_arrow", job, key, primary=place == "batch")
+            if rows:
+                _button("pause", t("Pause", "暂停"), "pause", job, key)
+            else:
+                _button("pause", t("Stop", "停止"), "stop_circle", job, key)
+    if job.state in STOPPED and job.complete and (job.left or not rows):
+        _button("resume", t("Resume", "继续"), "play_arrow", job, key, primary=place == job.kind)
+    if not rows and place == job.kind:
+        return
     if job.failed and job.state not in MOVING and job.complete:
         label = t(f"Retry {job.failed:,} failed", f"重试失败的 {job.failed:,} 行")
         _button("retry", label, "replay", job, key)
@@ -134,6 +140,11 @@ def actions(job: Job, place: str) -> None:
                     f"End this job? Its {job.done + job.failed:,} finished rows stay; it can be resumed.",
                     f"结束这个任务？已完成的 {job.done + job.failed:,} 行会保留，之后可以继续。",
                 )
+                if rows
+                else t(
+                    "End this training? Its newest checkpoint stays; it can be resumed.",
+                    "结束这次训练？最新的检查点会保留，之后可以继续。",
+                )
             )
             _button("cancel", t("Yes, cancel the job", "确认取消"), "stop", job, key, primary=True)
     if job.state not in ("preparing", "running"):
@@ -143,6 +154,11 @@ def actions(job: Job, place: str) -> None:
                     f"Delete this job with its {job.done + job.failed:,} answers and downloads? "
                     "This cannot be undone.",
                     f"删除此任务及其 {job.done + job.failed:,} 个回答和导出文件？此操作无法撤销。",
+                )
+                if rows
+                else t(
+                    "Take this training off the list? Its folder with the checkpoints stays on the disk.",
+                    "从列表中删除这次训练？含检查点的文件夹仍保留在磁盘上。",
                 )
             )
             _button("delete", t("Yes, delete it", "确认删除"), "delete_forever", job, key, primary=True)

@@ -36,12 +36,16 @@ MENU: tuple[tuple[tuple[str, str], tuple[Entry, ...]], ...] = (
         (
             Entry("chat", "pages/chat.py", ("Chat", "聊天"), ":material/chat:"),
             Entry("batch", "pages/batch.py", ("Batch prediction", "批量预测"), ":material/table_rows:"),
+            Entry("classify", "pages/classify.py", ("Classification", "分类"), ":material/label:"),
             Entry("jobs", "pages/jobs.py", ("Jobs", "任务"), ":material/checklist:"),
         ),
     ),
     (
         ("MODEL", "模型"),
-        (Entry("models", "pages/models.py", ("Models", "模型"), ":material/deployed_code:"),),
+        (
+            Entry("finetune", "pages/finetune.py", ("Fine-tuning", "微调"), ":material/tune:"),
+            Entry("models", "pages/models.py", ("Models", "模型"), ":material/deployed_code:"),
+        ),
     ),
 )
 

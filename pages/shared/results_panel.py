@@ -10,7 +10,7 @@ import streamlit as st
 
 from glm_core import batch
 from glm_core.errors import GLMError
-from pages.shared import panels, state, table_input
+from pages.shared import charts, panels, state, table_input
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _answers(job_id: str, stamp: str) -> list[tuple[str, int]]:
 
 
 def _distribution(job: Job, counts: list[tuple[str, int]]) -> None:
-    import plotly.graph_objects as go
+    go = charts.plotly()
 
     kinds = len(counts)
     row = panels.section(t("Answers", "回答分布"), "bar_chart")

@@ -16,7 +16,10 @@ from glm_core.settings import MINI, Settings
 from pages.shared import page, state
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {"home": "Home.py", **{key: f"pages/{key}.py" for key in ("chat", "batch", "jobs", "models")}}
+FILES = {
+    "home": "Home.py",
+    **{key: f"pages/{key}.py" for key in ("chat", "batch", "jobs", "finetune", "models")},
+}
 
 
 @pytest.fixture(autouse=True)

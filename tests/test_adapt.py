@@ -145,7 +145,7 @@ def test_what_reading_changed_is_compared_with_a_training_without_it(task, unlab
 
 def test_general_rows_are_mixed_in_but_not_judged(task, tmp_path):
     general = tmp_path / "general.jsonl"
-    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(3)]
+    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}, " + "and so on " * 9} for i in range(3)]
     general.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     task = replace(task, general_share=0.5, general_file=str(general))
     data = load_data(task)
@@ -156,6 +156,8 @@ def test_general_rows_are_mixed_in_but_not_judged(task, tmp_path):
     audited = json.loads((result.folder / work.AUDIT).read_text(encoding="utf-8"))
     assert "It is" not in json.dumps(audited) and result.manifest["rows"] == {"train": 12, "dev": 4}
     assert state.latest(result.folder).state["rows"] == 18
+    made = work._Work(replace(task, output=str(tmp_path / "other")), tmp_path / "other", str, None)
+    assert all(len(row.ids) > 30 and row.truncated_target == 0 for row in made.rows[-6:])
 
 
 def test_the_general_rows_that_come_along_can_be_read(task):

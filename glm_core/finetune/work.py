@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 MANIFEST, EVENTS, AUDIT, SAMPLES = "manifest.json", "events.jsonl", "audit.json", "samples.jsonl"
 GENERAL = MINI.parents[1] / "dialogue" / "train.jsonl"
+GENERAL_TOKENS = 128  # at least this much of a general question and of its answer
 SAMPLED, SAMPLED_TOKENS = 4, 32  # questions, and the longest answer to each
 WITHOUT = "without-adapting"  # folder of the same training without the unlabelled texts
 STATE_FILES = (
@@ -237,7 +238,9 @@ class _Work:
             self.audit = audit(data.train, data.dev, self.rows, self.dev)
             _refuse([finding for finding in self.audit.findings if finding.severity == "stop"])
             if data.general:
-                self.rows = [*self.rows, *encode_all(data.general, loaded.tokenizer, *limits, cache=cache)]
+                # A label's limit would cut every conversation in the middle of its answer.
+                longer = [max(limit, GENERAL_TOKENS) for limit in limits]
+                self.rows = [*self.rows, *encode_all(data.general, loaded.tokenizer, *longer, cache=cache)]
             for finding in (*data.loaded.problems, *self.audit.findings):
                 if finding.severity == "warn":
                     tell(f"{finding.message} {finding.todo}".strip())

@@ -114,7 +114,7 @@ def choose(found: Prepared, data_name: str) -> Asked | None:
             batch, accumulation, steps = finetune_plan.pace(found)
             source, target = finetune_plan.limits(found)
         with st.expander(t("Advanced", "高级设置"), icon=":material/settings:"):
-            more = finetune_plan.advanced(steps)
+            more = finetune_plan.advanced(steps, on.path == MINI)
         adapt = finetune_adapt.choose()
         output = finetune_plan.output(data_name, kind)
     from glm_core.finetune.loop import Plan

@@ -147,8 +147,11 @@ def limits(found: Prepared) -> tuple[int, int]:
     return chosen[0], chosen[1]
 
 
-def advanced(steps: int) -> dict[str, Any]:
-    """What most trainings leave as it is: arguments of the plan, with "general" in percent and "device"."""
+def advanced(steps: int, mini: bool) -> dict[str, Any]:
+    """What most trainings leave as it is: arguments of the plan, with "general" in percent and "device".
+
+    mini   the base is glm-mini, whose own conversations come with the program; another model would learn its name
+    """
     from pages.shared import pickers
 
     made: dict[str, Any] = {}
@@ -229,18 +232,20 @@ def advanced(steps: int) -> dict[str, Any]:
             ),
             **form.kept("seed", 42),
         )
-        made["general"] = st.number_input(
-            t("General conversations, %", "通用对话（%）"),
-            min_value=0,
-            max_value=200,
-            step=10,
-            help=t(
-                "Conversations that come with the program, mixed in as a share of your rows: the model forgets less "
-                "of how to talk. The training takes the same steps.",
-                "按您数据行数的比例混入程序自带的对话：模型的对话能力遗忘更少。训练步数不变。",
-            ),
-            **form.kept("general", 0),
-        )
+        made["general"] = 0
+        if mini:
+            made["general"] = st.number_input(
+                t("General conversations, %", "通用对话（%）"),
+                min_value=0,
+                max_value=200,
+                step=10,
+                help=t(
+                    "Conversations that glm-mini was trained on, mixed in as a share of your rows: the model forgets "
+                    "less of how to talk. The training takes the same steps, so it sees fewer of your rows.",
+                    "按您数据行数的比例混入 glm-mini 训练用的对话：模型的对话能力遗忘更少。训练步数不变，因此看到的您的行会少一些。",
+                ),
+                **form.kept("general", 50),
+            )
         made["device"] = "auto"
         devices = pickers.devices()
         if len(devices) > 2:

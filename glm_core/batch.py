@@ -13,7 +13,7 @@ import threading
 import time
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from .jobs import Job, JobStore, Result, StopSignal
 if TYPE_CHECKING:
     from .engine import Engine, GenerationSettings, Handle
     from .tables import WriteReport
-    from .tokenizers.base import Tokenizer
+    from .tokenizers.base import Message, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ FAILURES = 200  # in a row: the engine is broken, not the table
 PACKAGES = ("torch", "transformers", "sentencepiece")
 DUPLICATES = "Rows with the same prompt were generated once and share the answer; the copies have 0 seconds."
 
+HALF = re.compile("[\ud800-\udfff]")  # of a pair that makes one character; no tokenizer takes it alone
 PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
 
 
@@ -201,9 +202,13 @@ class Prompts:
         columns: Sequence[str],
         context: int,
         max_new_tokens: int,
+        turns: Sequence[Message] = (),
     ) -> None:
-        """GLMError where the template does not fit the columns, the model, or the model's context."""
-        self._tokenizer, self._system = tokenizer, system
+        """GLMError where the template does not fit the columns, the model, or the model's context.
+
+        turns   of the conversation before the row's own question, the same for every row
+        """
+        self._tokenizer, self._system, self._turns = tokenizer, system, tuple(turns)
         self.template = Template(template, columns)
         self._width, self.limit = len(columns), context - max_new_tokens
         self._head: tuple[int, ...] = ()
@@ -221,11 +226,21 @@ class Prompts:
 
         # Ids per segment: whatever a cell says, it is encoded as text and never as a control token.
         system = [Message("system", self._system)] if self._system.strip() else []
-        return tuple(self._tokenizer.chat_ids([*system, Message("user", text)]))
+        return tuple(self._tokenizer.chat_ids([*system, *self._turns, Message("user", text)]))
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """The ids that nearly every prompt begins with."""
+        return self._head
 
     def build(self, cells: Sequence[str]) -> Prompt:
-        """The prompt of one row, its longest cells cut at their ends until it fits with the answer."""
+        """The prompt of one row, its longest cells cut at their ends until it fits with the answer.
+
+        GLMError for a cell that holds half a character.
+        """
         text = self.template.render(cells)
+        if HALF.search(text):
+            raise GLMError("A cell holds half a character.", "Repair the text of this row.")
         ids = self._ids(text)
         truncated = len(ids) > self.limit
         if truncated:
@@ -355,16 +370,20 @@ def file_sha256(path: Path) -> str:
 
 def start(store: JobStore, task: BatchTask, table: Rows) -> Job:
     """Copy the rows into a new job and queue it; GLMError, and a failed job, if the file cannot be read."""
-    return _fill(store, _create(store, task), task, table)
+    return fill(store, _create(store, task), task, table)
 
 
 def start_in_background(store: JobStore, task: BatchTask, table: Rows) -> Job:
     """`start` for a large table: the job is "preparing" while its rows are copied, and counts them as it goes."""
-    job = _create(store, task)
+    return fill_in_background(store, _create(store, task), task, table)
+
+
+def fill_in_background(store: JobStore, job: Job, task: RowTask, table: Rows) -> Job:
+    """`fill` in a thread of its own; returns the job as it is at once."""
 
     def copy() -> None:
         try:
-            _fill(store, job, task, table)
+            fill(store, job, task, table)
         except GLMError:
             pass  # the job says why
         except Exception:
@@ -382,7 +401,17 @@ def _create(store: JobStore, task: BatchTask) -> Job:
     return store.create("batch", task.input_name, task.to_json())
 
 
-def _fill(store: JobStore, job: Job, task: BatchTask, table: Rows) -> Job:
+class RowTask(Protocol):
+    """What a job says about the table whose rows it takes."""
+
+    @property
+    def input_name(self) -> str: ...
+    @property
+    def limit_rows(self) -> int | None: ...
+
+
+def fill(store: JobStore, job: Job, task: RowTask, table: Rows) -> Job:
+    """Copy a table's rows into a job that was just created and queue it; a table that cannot be read fails it."""
     try:
         if not store.add_rows(job.id, islice(table.rows(), task.limit_rows)):
             raise GLMError(f"{task.input_name} has no rows.", "Choose a file with at least one row of data.")
@@ -410,11 +439,41 @@ class _Work:
     copies: list[tuple[int, bool]] = field(default_factory=list)  # row, and whether it was shortened
 
 
+class ModelTask(Protocol):
+    """What a job says about the model that is to do its work."""
+
+    @property
+    def checkpoint(self) -> str: ...
+    @property
+    def checkpoint_fingerprint(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def generation(self) -> str: ...
+    @property
+    def base(self) -> str: ...
+    @property
+    def versions(self) -> dict[str, str]: ...
+
+
 def run(job: Job, store: JobStore, stop: StopSignal) -> None:
     """Answer every row that has no result yet; GLMError if the checkpoint is gone or another one by now."""
+    task = BatchTask.from_json(job.task)
+    with_engine(
+        job, store, stop, task,
+        lambda engine: Answering(job, store, stop, task.settings, engine, _prompts(engine, task)).run(),
+    )  # fmt: skip
+
+
+def with_engine(
+    job: Job, store: JobStore, stop: StopSignal, task: ModelTask, work: Callable[[Engine], None]
+) -> None:
+    """Do `work` with the task's model, held for it; GLMError if the checkpoint is gone or another one by now."""
     from . import checkpoints, engine
 
-    task, host = BatchTask.from_json(job.task), engine.host()
+    host = engine.host()
     folder, base = Path(task.checkpoint), Path(task.base) if task.base else None
     for needed in filter(None, (folder, base)):
         if not needed.is_dir():
@@ -436,24 +495,80 @@ def run(job: Job, store: JobStore, stop: StopSignal) -> None:
         with host.hold(f"the job {job.title}"):
             if host.current is model:  # not replaced between the two lines above
                 store.update(job.id, job.message, restart_clock=True)
-                return _Run(job, store, stop, task, model).run()
+                return work(model)
 
 
-class _Run:
-    """One stretch of a job: rows from the store, through the engine, back as results."""
+class Stretch:
+    """One stretch of a job over rows: reads those without a result, keeps the answers, commits them in time."""
 
-    def __init__(self, job: Job, store: JobStore, stop: StopSignal, task: BatchTask, engine: Engine) -> None:
-        self.job, self.store, self.stop, self.task, self.engine = job, store, stop, task, engine
-        self.prompts = _prompts(engine, task)
-        self.ready: deque[_Work] = deque()
-        self.running: list[_Work] = []
-        self.by_key: dict[bytes, _Work] = {}
-        self.answers: OrderedDict[bytes, Result] = OrderedDict()
+    def __init__(self, job: Job, store: JobStore, stop: StopSignal, prompts: Prompts) -> None:
+        self.job, self.store, self.stop, self.prompts = job, store, stop, prompts
+        self.answers: OrderedDict[bytes, Result] = OrderedDict()  # by prompt, for rows that come again
         self.finished: list[Result] = []
         self.after: int | None = -1  # the last row read; None once there are no more
         self.committed = time.monotonic()
-        self.wake = threading.Event()
         self.noted: set[str] = set()
+
+    def _window(self) -> Iterator[tuple[int, Prompt]]:
+        """The next rows without a result with their prompts; fewer where the job is to stop."""
+        rows = self.store.pending(self.job.id, WINDOW_ROWS, -1 if self.after is None else self.after)
+        self.after = rows[-1][0] if len(rows) == WINDOW_ROWS else None
+        for idx, cells in rows:
+            if self.stop.event.is_set():
+                return
+            try:
+                prompt = self.prompts.build(cells)
+            except GLMError as error:
+                self.finished.append(Result(idx, "failed", error=str(error)))
+                continue
+            yield idx, prompt
+
+    def _keep(self, result: Result, copy: bool = False) -> None:
+        self.finished.append(replace(result, finished=time.time()))
+        if copy:
+            self._warn(DUPLICATES)
+
+    def _remember(self, key: bytes, result: Result) -> None:
+        self.answers[key] = result
+        if len(self.answers) > REMEMBERED_ANSWERS:
+            self.answers.popitem(last=False)
+
+    def _warn(self, text: str) -> None:
+        """A warning of the job, written once."""
+        if text not in self.noted:
+            self.noted.add(text)
+            self.store.warn(self.job.id, text)
+
+    def _commit(self, all_of_it: bool = False) -> None:
+        due = time.monotonic() - self.committed > COMMIT_S or len(self.finished) >= COMMIT_ROWS
+        if self.finished and (due or all_of_it):
+            self.store.save_results(self.job.id, self.finished, self.job.owner)
+            self.finished, self.committed = [], time.monotonic()
+
+
+def prompt_key(prompt: Prompt) -> bytes:
+    """The same for equal prompts only."""
+    return hashlib.blake2b(array("q", prompt.ids).tobytes(), digest_size=16).digest()
+
+
+class Answering(Stretch):
+    """Rows from the store, through the engine, back as results."""
+
+    def __init__(
+        self,
+        job: Job,
+        store: JobStore,
+        stop: StopSignal,
+        settings: GenerationSettings,
+        engine: Engine,
+        prompts: Prompts,
+    ) -> None:
+        super().__init__(job, store, stop, prompts)
+        self.engine, self.settings = engine, settings
+        self.ready: deque[_Work] = deque()
+        self.running: list[_Work] = []
+        self.by_key: dict[bytes, _Work] = {}
+        self.wake = threading.Event()
         self.failures = 0  # rows in a row that the engine could not answer
 
     def run(self) -> None:
@@ -478,30 +593,15 @@ class _Run:
 
     def _read_window(self) -> None:
         """The next rows without a result, longest prompt first: rows of like length then share a batch."""
-        rows = self.store.pending(self.job.id, WINDOW_ROWS, -1 if self.after is None else self.after)
-        self.after = rows[-1][0] if len(rows) == WINDOW_ROWS else None
-        window: list[_Work] = []
-        for idx, cells in rows:
-            if self.stop.event.is_set():
-                return
-            try:
-                prompt = self.prompts.build(cells)
-            except UnicodeError:
-                self.finished.append(
-                    Result(idx, "failed", error="A cell holds half a character. Repair the text of this row.")
-                )
-                continue
-            work = self._new(idx, prompt)
-            if work is not None:
-                window.append(work)
+        window = [work for idx, prompt in self._window() if (work := self._new(idx, prompt)) is not None]
         window.sort(key=lambda work: -len(work.prompt.ids))
         self.ready.extend(window)
 
     def _new(self, idx: int, prompt: Prompt) -> _Work | None:
         """Work for a row, or None where an equal prompt is on its way or answered (greedy only)."""
-        if self.task.settings.temperature != 0:
+        if self.settings.temperature != 0:
             return _Work(idx, prompt, None)
-        key = hashlib.blake2b(array("q", prompt.ids).tobytes(), digest_size=16).digest()
+        key = prompt_key(prompt)
         if (same := self.by_key.get(key)) is not None:
             same.copies.append((idx, prompt.truncated))
         elif (answer := self.answers.get(key)) is not None:
@@ -511,23 +611,12 @@ class _Run:
             return work
         return None
 
-    def _keep(self, result: Result, copy: bool = False) -> None:
-        self.finished.append(replace(result, finished=time.time()))
-        if copy:
-            self._warn(DUPLICATES)
-
-    def _warn(self, text: str) -> None:
-        """A warning of the job, written once."""
-        if text not in self.noted:
-            self.noted.add(text)
-            self.store.warn(self.job.id, text)
-
     def _submit(self, ahead: int) -> None:
         from .engine import Request
 
         while self.ready and len(self.running) < ahead:
             work = self.ready[0]
-            settings = _row_settings(self.task.settings, work.idx)
+            settings = _row_settings(self.settings, work.idx)
             request = Request(work.prompt.ids, settings, "batch", work.prompt.prefix_length)
             handles = self.engine.submit_many([request], self.stop.event)
             if not handles:
@@ -568,15 +657,7 @@ class _Run:
             for note in handle.notes:
                 self._warn(f"Some rows were {note}.")
             if work.key is not None and result.status == "ok":
-                self.answers[work.key] = result
-                if len(self.answers) > REMEMBERED_ANSWERS:
-                    self.answers.popitem(last=False)
-
-    def _commit(self, all_of_it: bool = False) -> None:
-        due = time.monotonic() - self.committed > COMMIT_S or len(self.finished) >= COMMIT_ROWS
-        if self.finished and (due or all_of_it):
-            self.store.save_results(self.job.id, self.finished, self.job.owner)
-            self.finished, self.committed = [], time.monotonic()
+                self._remember(work.key, result)
 
     def _cancel(self) -> None:
         """End what the engine still works on for this job, and wait until it has let go."""
@@ -630,22 +711,39 @@ def export(
 
     Rows without an answer are there too, with status "not run". GLMError if a file cannot be written.
     """
+    task = BatchTask.from_json(store.get(job_id).task)
+
+    def answer(result: Result | None) -> tuple[str | float, ...]:
+        if result is None:
+            return ("", "not run", "", "", "")
+        cut = "yes" if result.truncated else "no"
+        return (result.prediction, result.status, cut, result.seconds, result.error)
+
+    return write_results(store, job_id, path, format, export_columns(task), answer, guard)
+
+
+def write_results(
+    store: JobStore,
+    job_id: str,
+    path: Path,
+    format: Literal["csv", "xlsx", "jsonl", "parquet"],
+    columns: Sequence[str],
+    answer: Callable[[Result | None], tuple[str | float, ...]],
+    guard: bool = True,
+) -> WriteReport:
+    """Write a job's table with its manifest: the cells of each row, then those that `answer` makes of its result.
+
+    columns   the names of all of them. GLMError if a file cannot be written.
+    """
     from . import tables
 
-    task = BatchTask.from_json(store.get(job_id).task)
-    columns = export_columns(task)
-    width = len(task.columns)
+    width = len(store.get(job_id).task["columns"])
 
     def rows() -> Iterator[tuple[str | float, ...]]:
         for _, cells, result in store.iter_results(job_id):
-            own = (*cells, *[""] * (width - len(cells)))[:width]
-            if result is None:
-                yield (*own, "", "not run", "", "", "")
-            else:
-                cut = "yes" if result.truncated else "no"
-                yield (*own, result.prediction, result.status, cut, result.seconds, result.error)
+            yield (*(*cells, *[""] * (width - len(cells)))[:width], *answer(result))
 
-    report = tables.write(Path(path), columns, rows(), format, guard=guard)
+    report = tables.write(Path(path), list(columns), rows(), format, guard=guard)
     text = json.dumps(manifest(store, job_id) | {"export_notes": report.notes}, ensure_ascii=False, indent=2)
     side = Path(path).with_name(f"{Path(path).name}.manifest.json")
     partial = side.with_name(f".{side.name}.part")
@@ -662,8 +760,13 @@ def export(
 
 def export_columns(task: BatchTask) -> list[str]:
     """The columns of the exported table; a new name that the analyst's table has already gets a number."""
-    columns = list(task.columns)
-    for name in (task.output_column.strip(), "status", "truncated", "seconds", "note"):
+    return with_names(task.columns, (task.output_column.strip(), "status", "truncated", "seconds", "note"))
+
+
+def with_names(columns: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The columns of a table and new ones behind them; a name that is there already gets a number."""
+    columns = list(columns)
+    for name in names:
         free, number = name, 2
         while free in columns:
             free, number = f"{name} ({number})", number + 1

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .engine import FORWARD_SECONDS, Request, out_of_memory
+from .engine import Request, out_of_memory
 from .errors import GLMError
 
 if TYPE_CHECKING:
@@ -52,11 +51,10 @@ def measure(engine: Engine, progress: Progress | None = None) -> EffectReport:
         )
     prompts = [list(engine.tokenizer.chat_ids([Message("user", text)])) for text in adapters.PROBES]
     longest = max(prompts, key=len)
-    engine._check(Request(tuple(longest)))
+    engine.check(Request(tuple(longest)))
     limit = min(TOKENS, engine.context - len(longest))
     # The same steps for both, else rounding in half precision could differ where the adapter does nothing.
-    chunk = max(32, int(engine._prefill_speed * FORWARD_SECONDS) // len(prompts))
-    chunk = len(longest) if engine.whole_prompts else chunk
+    chunk = engine.forward_columns(len(prompts), len(longest))
     rows = max(1, min(len(prompts), engine.max_rows))
     while True:
         try:
@@ -111,9 +109,9 @@ def _greedy(
 
     view, switch = (engine, _on) if adapted else _without(engine)
     # A cache of its own: nothing of the engine's rows or of its prefix cache is read or written.
-    cache = view._empty(len(prompts))
-    ids, real, positions = view._left_padded([list(prompt) for prompt in prompts], 0)
-    layout = view._layouts(prompts)
+    cache = view.empty_cache(len(prompts))
+    ids, real, positions = view.left_padded([list(prompt) for prompt in prompts], 0)
+    layout = view.layouts(prompts)
     known = real.shape[1] - ids.shape[1]
     answers: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
@@ -121,7 +119,7 @@ def _greedy(
 
     def forward(begin: int, end: int) -> None:
         with switch():
-            logits = view._forward(
+            logits = view.forward(
                 cache, ids[:, begin:end], positions[:, begin:end], real[:, : known + end], layout
             )
         tokens[:] = logits.argmax(-1).tolist()
@@ -129,7 +127,7 @@ def _greedy(
     for count in range(1, limit + 1):
         width = ids.shape[1]
         for begin in range(0, width, chunk):
-            engine._call(partial(forward, begin, min(width, begin + chunk)))
+            engine.between_steps(partial(forward, begin, min(width, begin + chunk)))
         for row in tuple(open_rows):
             answers[row].append(tokens[row])
             if tokens[row] in engine.tokenizer.stop_ids:
@@ -147,9 +145,7 @@ def _without(engine: Engine) -> tuple[Engine, Callable[[], AbstractContextManage
     """(what computes without the adapter, what has to be open around each of its forwards)."""
     if engine.loaded.prefix is None:
         return engine, partial(_lora_off, engine.model)
-    bare = copy.copy(engine)  # the same weights and thread; only its arithmetic is used
-    bare.virtual, bare._virtual_keys_values = 0, []
-    return bare, _on
+    return engine.without_prefix(), _on
 
 
 def _on() -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ tokens in any company (`Engine.self_test` shows that on the loaded model).
 from __future__ import annotations
 
 import contextlib
+import copy
 import ctypes
 import gc
 import itertools
@@ -18,9 +19,10 @@ import time
 import uuid
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from . import checkpoints
 from .errors import GLMError
@@ -33,12 +35,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Priority = Literal["chat", "batch"]
 CHAT_QUEUE = 64  # waiting chat requests before a new one is refused
 BATCH_QUEUE = 2048
 CHAT_ROWS = 16
 CHAT_STEPS_PER_BATCH_ROUND = 3  # while somebody chats, batch work gets every fourth round
 FORWARD_SECONDS = 0.25  # no forward should keep a chat request waiting longer
+FORWARD_TOKENS = 32  # the least that is fed at once, however slow the machine
 KEPT_HANDLES = 256
 MAX_SEED = 1 << 62  # torch takes 64 bits; a row's number is added to the seed of a job
 AGAIN = "started again in a smaller batch, memory had run out"
@@ -432,7 +437,8 @@ class Engine:
         self.exact: SelfTest | None = None
         self._queues: dict[Priority, deque[Handle]] = {"chat": deque(), "batch": deque()}
         self._rows: dict[Priority, Rows] = {"chat": Rows(), "batch": Rows()}
-        self._tasks: deque[Callable[[], None]] = deque()
+        # What others run on this thread: at once, and when it is the turn of the batch rows.
+        self._tasks: dict[Priority, deque[Callable[[], None]]] = {"chat": deque(), "batch": deque()}
         self._handles: OrderedDict[str, Handle] = OrderedDict()
         self._condition = threading.Condition()
         self._closing = False
@@ -450,7 +456,7 @@ class Engine:
 
     def submit(self, request: Request) -> Handle:
         """Queue a request. EngineBusy when the queue is full, GLMError when it cannot fit the context."""
-        self._check(request)
+        self.check(request)
         handle = Handle(request, self)
         with self._condition:
             self._refuse_if_closed()
@@ -490,21 +496,9 @@ class Engine:
 
         Returns one list per prompt with one number per continuation. Runs between the steps of running requests.
         """
-        for prompt in prompts:
-            self._check(Request(tuple(prompt)))
-        results: dict[int, list[float]] = {}
-        longest = max((len(p) for p in prompts), default=1)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        size = max(1, min(self.max_rows, 4096 // max(longest, 1)))
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
+        from .scoring import score
 
-            def work(part: list[int] = part) -> None:
-                scored = self._score([list(prompts[i]) for i in part], continuations, prefix_length)
-                results.update(zip(part, scored, strict=True))
-
-            self._call(work)
-        return [results[i] for i in range(len(prompts))]
+        return [list(one.values) for one in score(self, prompts, continuations, prefix_length)]
 
     def self_test(self, rows: int = 8, tokens: int = 12) -> SelfTest:
         """Generate rows together, padded and from a shared prefix, and alone without any of it; compare the ids."""
@@ -580,6 +574,137 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=60)
 
+    # ---- what other modules compute with the model -----------------------------------------------------------
+
+    def later(self, work: Callable[[], T], priority: Priority = "batch") -> Future[T]:
+        """Run `work` on the scheduler's thread between two steps: at once ("chat"), or on the batch rows' turn.
+
+        Returns at once. Works of one priority run in the order they came. The result is a GLMError where the model
+        is unloaded before its turn.
+        """
+        future: Future[T] = Future()
+
+        def task() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                if self._closing:
+                    raise GLMError("The model was unloaded.", "Load it again.")
+                result = work()
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._condition:
+            self._refuse_if_closed()
+            self._tasks[priority].append(task)
+            self._condition.notify_all()
+        return future
+
+    def between_steps(self, work: Callable[[], T]) -> T:
+        """Run `work` on the scheduler's thread between two steps, at once, and wait for its result."""
+        return self.later(work, "chat").result()
+
+    _call = between_steps
+
+    @property
+    def chatting(self) -> bool:
+        """Whether a chat answer is on its way."""
+        return bool(self._queues["chat"]) or len(self._rows["chat"]) > 0
+
+    def forward_tokens(self) -> int:
+        """How many tokens may be fed at once without keeping a chat request waiting too long, as measured."""
+        return max(FORWARD_TOKENS, int(self._prefill_speed * FORWARD_SECONDS))
+
+    def forward_columns(self, rows: int, width: int) -> int:
+        """How many of `width` columns of so many rows may be fed at once: all where prompts are read whole."""
+        return width if self.whole_prompts else max(FORWARD_TOKENS, self.forward_tokens() // rows)
+
+    def forward(
+        self, cache: KVCache, ids: Tensor, positions: Tensor, real: Tensor, layout: Tensor | None = None
+    ) -> Tensor:
+        """Feed ids (rows, n) after the cached columns; returns fp32 logits of the last column (rows, vocabulary).
+
+        positions   (rows, n) how many real tokens of its row stand before each
+        real        (rows, cached columns + n) bool: which columns hold a token
+        layout      what `layouts` says of the whole rows
+        Only for work that runs `between_steps` or `later`.
+        """
+        return self._forward(cache, ids, positions, real, layout)
+
+    def forward_tree(
+        self,
+        cache: KVCache,
+        ids: Tensor,
+        positions: Tensor,
+        real: Tensor,
+        layout: Tensor | None,
+        tree: Tensor,
+    ) -> Tensor:
+        """`forward` with a tree of continuations in the last columns.
+
+        tree   (nodes, nodes) bool: which of these columns each of them sees
+        Returns fp32 logits of the column before the tree and of its nodes, (rows, 1 + nodes, vocabulary).
+        """
+        return self._forward_all(cache, ids, positions, real, 1 + len(tree), layout, tree)
+
+    def without_prefix(self) -> Engine:
+        """The same model and thread without the P-tuning v2 prefix, to compute with; it takes no requests."""
+        bare = copy.copy(self)
+        bare.virtual, bare._virtual_keys_values = 0, []
+        return bare
+
+    def check(self, request: Request) -> None:
+        request.settings.check()
+        if not request.prompt_ids:
+            raise GLMError("The prompt is empty.", "Enter a text.")
+        if len(request.prompt_ids) >= self.context:
+            raise GLMError(
+                f"The prompt has {len(request.prompt_ids)} tokens, the model takes {self.context} with the answer.",
+                "Shorten the text or the history.",
+            )
+        if self.whole_prompts:
+            from .models.chatglm import layout
+
+            layout(request.prompt_ids, self.model.config)  # refused here, it costs no other row its answer
+
+    def empty_cache(self, rows: int) -> KVCache:
+        """A cache for so many rows that holds nothing but the prefix, if there is one."""
+        cache = KVCache(self.layers)
+        if self.virtual:
+            cache.keys = [keys.expand(rows, -1, -1, -1) for keys, _ in self._virtual_keys_values]
+            cache.values = [values.expand(rows, -1, -1, -1) for _, values in self._virtual_keys_values]
+            cache.length = self.virtual
+        return cache
+
+    def layouts(self, full: Sequence[Sequence[int]]) -> Tensor | None:
+        """Context and anchor of every row for ChatGLM-6B, (rows, 2); None for models that read left to right."""
+        if not self.whole_prompts:
+            return None
+        import torch
+
+        from .models.chatglm import layout
+
+        found = [layout(ids, self.model.config) for ids in full]
+        return torch.tensor([[one.context, one.anchor] for one in found], device=self.device)
+
+    def left_padded(self, rows: list[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The ids behind a shared head, padded on the left: ids and positions (rows, width), real (rows, all columns)."""
+        import torch
+
+        width = max(map(len, rows)) - shared
+        ids = torch.zeros(len(rows), width, dtype=torch.long)
+        known = self.virtual + shared
+        real = torch.zeros(len(rows), known + width, dtype=torch.bool)
+        real[:, :known] = True
+        for row, whole in enumerate(rows):
+            tail = whole[shared:]
+            ids[row, width - len(tail) :] = torch.tensor(tail)
+            real[row, known + width - len(tail) :] = True
+        positions = (real.cumsum(1) - 1 - self.virtual).clamp_min(0)[:, known:]
+        return ids.to(self.device), real.to(self.device), positions.to(self.device)
+
     # ---- the scheduler's thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -589,8 +714,8 @@ class Engine:
             with torch.inference_mode():
                 while self._wait_for_work():
                     try:
-                        if self._tasks:
-                            self._tasks.popleft()()
+                        if self._tasks["chat"]:
+                            self._tasks["chat"].popleft()()
                         self._round()
                         if not self._busy():
                             trim()
@@ -603,9 +728,11 @@ class Engine:
             with self._condition:
                 self._closing = True
                 left = [*self._all_rows(), *self._queues["chat"], *self._queues["batch"]]
-                tasks, self._tasks = list(self._tasks), deque()
+                tasks = [task for waiting in self._tasks.values() for task in waiting]
                 for queue in self._queues.values():
                     queue.clear()
+                for waiting in self._tasks.values():
+                    waiting.clear()
             self._rows = {"chat": Rows(), "batch": Rows()}
             self.prefixes.clear()
             for handle in left:
@@ -623,7 +750,8 @@ class Engine:
         return False
 
     def _busy(self) -> bool:
-        return bool(self._tasks or any(self._queues.values()) or any(map(len, self._rows.values())))
+        waiting = any(self._tasks.values()) or any(self._queues.values())
+        return waiting or any(map(len, self._rows.values()))
 
     def _all_rows(self) -> list[Handle]:
         return [*self._rows["chat"].handles, *self._rows["batch"].handles]
@@ -636,6 +764,8 @@ class Engine:
         self._chat_steps = self._chat_steps + 1 if chatting else 0
         if not chatting or self._chat_steps % (CHAT_STEPS_PER_BATCH_ROUND + 1) == 0:
             self._advance("batch")
+            if self._tasks["batch"]:
+                self._tasks["batch"].popleft()()
 
     def _advance(self, priority: Priority) -> None:
         joining: list[Handle] = []
@@ -662,7 +792,7 @@ class Engine:
         with self._condition:
             first = queue[0]
             prefix = self._head_of(first)
-            longest, budget = 0, max(32, int(self._prefill_speed * FORWARD_SECONDS))
+            longest, budget = 0, self.forward_tokens()
             group: list[Handle] = []
             for handle in itertools.islice(queue, min(free, len(queue))):
                 length = handle.n_prompt + len(handle.ids) - len(prefix)
@@ -688,12 +818,10 @@ class Engine:
 
         full = [[*handle.request.prompt_ids, *handle.ids] for handle in handles]
         cache, shared = self._shared_head(handles, full)
-        ids, real, positions = self._left_padded(full, shared)
-        layout = self._layouts(full)
+        ids, real, positions = self.left_padded(full, shared)
+        layout = self.layouts(full)
         width = ids.shape[1]
-        started, chunk = time.monotonic(), max(32, int(self._prefill_speed * FORWARD_SECONDS) // len(handles))
-        if self.whole_prompts:
-            chunk = width
+        started, chunk = time.monotonic(), self.forward_columns(len(handles), width)
         for begin in range(0, width, chunk):
             end = min(width, begin + chunk)
             columns = self.virtual + shared + end
@@ -719,40 +847,24 @@ class Engine:
         rows.tokens = self._choose(handles, logits, full)
         return rows
 
-    def _left_padded(self, rows: list[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The ids behind a shared head, padded on the left: ids and positions (rows, width), real (rows, all columns)."""
-        import torch
-
-        width = max(map(len, rows)) - shared
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        known = self.virtual + shared
-        real = torch.zeros(len(rows), known + width, dtype=torch.bool)
-        real[:, :known] = True
-        for row, whole in enumerate(rows):
-            tail = whole[shared:]
-            ids[row, width - len(tail) :] = torch.tensor(tail)
-            real[row, known + width - len(tail) :] = True
-        positions = (real.cumsum(1) - 1 - self.virtual).clamp_min(0)[:, known:]
-        return ids.to(self.device), real.to(self.device), positions.to(self.device)
-
     def _shared_head(self, handles: list[Handle], full: list[list[int]]) -> tuple[KVCache, int]:
         """A cache for these rows that already holds the longest head known to be shared, and its length."""
         import torch
 
         if self.whole_prompts:
-            return self._empty(len(full)), 0
+            return self.empty_cache(len(full)), 0
         shortest = min(map(len, full)) - 1  # at least one token must be fed to get logits
         wanted = min(handles[0].request.prefix_length, shortest)
         if wanted > 0:
             head = tuple(full[0][:wanted])
             known, entry = self.prefixes.longest(head)
             if known < wanted:
-                entry = self._empty(1)
+                entry = self.empty_cache(1)
                 entry.room = 0
                 ids = torch.tensor([head], device=self.device)
                 positions = torch.arange(wanted, device=self.device)[None]
                 real = torch.ones(1, self.virtual + wanted, dtype=torch.bool, device=self.device)
-                chunk = max(32, int(self._prefill_speed * FORWARD_SECONDS))
+                chunk = self.forward_tokens()
                 for begin in range(0, wanted, chunk):
                     end = min(wanted, begin + chunk)
                     columns = self.virtual + end
@@ -765,7 +877,7 @@ class Engine:
         else:
             shared, entry = 0, None
         if entry is None or shared < 8:
-            return self._empty(len(full)), 0
+            return self.empty_cache(len(full)), 0
         room = max(map(len, full)) - shared + 32
         return entry.select(
             torch.zeros(len(handles), dtype=torch.long, device=self.device), 0, self.virtual + shared, room
@@ -786,16 +898,23 @@ class Engine:
         real: Tensor,
         keep: int,
         layout: Tensor | None = None,
+        tree: Tensor | None = None,
     ) -> Tensor:
-        """fp32 logits of the last `keep` columns fed, (rows, keep, vocabulary)."""
+        """fp32 logits of the last `keep` columns fed, (rows, keep, vocabulary); see `forward_tree` for `tree`."""
+        import torch
+
         n = ids.shape[1]
         mask, where = self._seen(positions, real, n, layout)
+        if tree is not None and len(tree):
+            mask[..., -len(tree) :, -len(tree) :] &= tree
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=keep,
+            # Numbers of columns give whole rows of memory; on a slice of several columns the head is multiplied row by
+            # row, with a copy of its weight for each in bf16 (a quarter of the time of scoring labels).
+            logits_to_keep=keep if keep == 1 else torch.arange(n - keep, n, device=ids.device),
             **where,
         )
         cache.length += n
@@ -982,62 +1101,6 @@ class Engine:
         with torch.inference_mode():
             return list(self.loaded.prefix.keys_values(1, self.model.dtype))
 
-    def _empty(self, rows: int) -> KVCache:
-        """A cache for so many rows that holds nothing but the prefix, if there is one."""
-        cache = KVCache(self.layers)
-        if self.virtual:
-            cache.keys = [keys.expand(rows, -1, -1, -1) for keys, _ in self._virtual_keys_values]
-            cache.values = [values.expand(rows, -1, -1, -1) for _, values in self._virtual_keys_values]
-            cache.length = self.virtual
-        return cache
-
-    def _layouts(self, full: Sequence[Sequence[int]]) -> Tensor | None:
-        """Context and anchor of every row for ChatGLM-6B, (rows, 2); None for models that read left to right."""
-        if not self.whole_prompts:
-            return None
-        import torch
-
-        from .models.chatglm import layout
-
-        found = [layout(ids, self.model.config) for ids in full]
-        return torch.tensor([[one.context, one.anchor] for one in found], device=self.device)
-
-    def _score(
-        self, prompts: list[list[int]], continuations: Sequence[Sequence[int]], prefix: int
-    ) -> list[list[float]]:
-        """`score` for one group of prompts: one cache of the prompts, then every continuation over it."""
-        import torch
-
-        heads = [prompt[:-1] for prompt in prompts]  # the last prompt token is fed with each continuation
-        request = GenerationSettings(max_new_tokens=1)
-        shared = min(prefix, min(map(len, heads)) - 1)
-        handles = [Handle(Request(tuple(head), request, "batch", max(0, shared)), self) for head in heads]
-        cache, shared = self._shared_head(handles, heads)
-        ids, real, positions = self._left_padded(heads, shared)
-        layout = self._layouts(prompts)
-        self._forward(cache, ids, positions, real, layout)
-        rows, labels = len(heads), len(continuations)
-        longest = max(map(len, continuations))
-        fed = torch.zeros(rows * labels, longest, dtype=torch.long)
-        target = torch.zeros(rows * labels, longest, dtype=torch.long)
-        counted = torch.zeros(rows * labels, longest, dtype=torch.bool)
-        for row, prompt in enumerate(prompts):
-            for label, continuation in enumerate(continuations):
-                i, n = row * labels + label, len(continuation)
-                fed[i, :n] = torch.tensor([prompt[-1], *continuation[:-1]])
-                target[i, :n] = torch.tensor(list(continuation))
-                counted[i, :n] = True
-        index = torch.arange(rows, device=self.device).repeat_interleave(labels)
-        cache = cache.select(index, room=longest)
-        real = torch.cat([real.index_select(0, index), counted.to(self.device)], dim=1)
-        start = real[:, : -counted.shape[1]].sum(1) - self.virtual
-        positions = start[:, None] + torch.arange(longest, device=self.device)
-        layout = None if layout is None else layout.index_select(0, index)
-        logits = self._forward_all(cache, fed.to(self.device), positions, real, longest, layout)
-        chosen = logits.log_softmax(-1).gather(-1, target.to(self.device)[..., None])[..., 0].cpu()
-        sums = (chosen.double() * counted).sum(1).view(rows, labels)
-        return [[float(value) for value in row] for row in sums]
-
     def _alone(self, request: Request) -> list[int]:
         """Greedy tokens of one request by the plain definition: the whole sequence again for every token."""
         import torch
@@ -1046,8 +1109,8 @@ class Engine:
         for _ in range(request.settings.max_new_tokens):
             fed = torch.tensor([ids], device=self.device)
             if self.virtual:
-                fed, real, positions = self._left_padded([ids], 0)
-                logits = self._forward(self._empty(1), fed, positions, real, self._layouts([ids]))[0]
+                fed, real, positions = self.left_padded([ids], 0)
+                logits = self._forward(self.empty_cache(1), fed, positions, real, self.layouts([ids]))[0]
             else:
                 logits = self.model(input_ids=fed, use_cache=False, logits_to_keep=1).logits[0, -1]
             token = int(logits.float().argmax())
@@ -1056,42 +1119,6 @@ class Engine:
             if token in self.tokenizer.stop_ids:
                 break
         return new
-
-    def _call(self, work: Callable[[], None]) -> None:
-        """Run `work` on the scheduler's thread between two steps, and wait for it."""
-        done, problem = threading.Event(), []
-
-        def task() -> None:
-            try:
-                if self._closing:
-                    raise GLMError("The model was unloaded.", "Load it again.")
-                work()
-            except Exception as error:
-                problem.append(error)
-            finally:
-                done.set()
-
-        with self._condition:
-            self._refuse_if_closed()
-            self._tasks.append(task)
-            self._condition.notify_all()
-        done.wait()
-        if problem:
-            raise problem[0]
-
-    def _check(self, request: Request) -> None:
-        request.settings.check()
-        if not request.prompt_ids:
-            raise GLMError("The prompt is empty.", "Enter a text.")
-        if len(request.prompt_ids) >= self.context:
-            raise GLMError(
-                f"The prompt has {len(request.prompt_ids)} tokens, the model takes {self.context} with the answer.",
-                "Shorten the text or the history.",
-            )
-        if self.whole_prompts:
-            from .models.chatglm import layout
-
-            layout(request.prompt_ids, self.model.config)  # refused here, it costs no other row its answer
 
     def _refuse_if_closed(self) -> None:
         if self._closing:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -16,7 +15,11 @@ if TYPE_CHECKING:
     from glm_core.jobs import Job
 
 OPEN = (*job_panel.MOVING, "paused")
-ICONS = {"batch": ":material/table_rows:", "classify": ":material/label:", "finetune": ":material/tune:"}  # a job's kind is its page
+ICONS = {  # a job's kind is its page
+    "batch": ":material/table_rows:",
+    "classify": ":material/label:",
+    "finetune": ":material/tune:",
+}
 LISTED = 500
 PAGE_JOBS = 15
 
@@ -81,7 +84,7 @@ def card(job: Job, asked: bool) -> None:
             if job.kind in ICONS:
                 page.link(job.kind, ("Open", "打开"), ":material/open_in_new:", job=job.id)
             # The rows of a classification are paused, retried and deleted as those of a batch.
-            job_panel.actions(replace(job, kind="batch") if job.kind == "classify" else job, "list")
+            job_panel.actions(job, "list")
         if job.kind == "classify":
             classify_review.goes_with(job)
         training = finetune_run.status_of(job) if job.kind == "finetune" else None

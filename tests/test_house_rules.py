@@ -16,8 +16,19 @@ CORE = REPOSITORY / "glm_core"
 # Each line may import the lines below it.
 LAYERS = (
     ("__main__", "cli", "doctor", "server", "minimodel"),
-    ("chat", "batch", "classify", "evaluate", "compare", "finetune", "memory", "effect"),
-    ("engine", "jobs"),
+    (
+        "chat",
+        "batch",
+        "classify",
+        "review",
+        "evaluate",
+        "compare",
+        "report_html",
+        "finetune",
+        "memory",
+        "effect",
+    ),
+    ("engine", "scoring", "jobs"),
     ("checkpoints", "tables", "metrics", "statistics"),
     ("adapters", "quantization", "linear", "models", "tokenizers"),
     ("weights", "devices"),

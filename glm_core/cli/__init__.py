@@ -1,4 +1,4 @@
-"""The shell: python -m glm_core chat | batch | finetune | models | doctor, with the calls the pages make.
+"""The shell: python -m glm_core chat | batch | classify | finetune | evaluate | compare | models | doctor, with the calls the pages make.
 
 Answers and tables go to standard output, everything said about them to standard error. Exit status: 0 done,
 1 a problem (one line says what to do), 2 wrong usage, 3 some rows failed, 130 interrupted.
@@ -65,10 +65,22 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .batch import batch
 
         return batch
+    if name == "classify":
+        from .classify import classify
+
+        return classify
     if name == "finetune":
         from .finetune import finetune
 
         return finetune
+    if name == "evaluate":
+        from .evaluate import evaluate
+
+        return evaluate
+    if name == "compare":
+        from .evaluate import compare
+
+        return compare
     if name == "models":
         from .checkpoints import models
 

@@ -24,7 +24,7 @@ from .output import INTERRUPTED, PROGRAM, SOME_ROWS_FAILED, say
 
 if TYPE_CHECKING:
     from ..batch import BatchTask
-    from ..jobs import Job, JobStore, Progress
+    from ..jobs import Job, JobStore, Progress, Runner
 
 # What two tasks may differ in and still be the same work: where the file was, and what is installed.
 NOT_THE_TASK = ("versions", "input_name", "input_path")
@@ -150,11 +150,16 @@ def _earlier(store: JobStore, task: BatchTask) -> Job | None:
 
 
 def _follow(store: JobStore, job_id: str) -> tuple[Job, bool]:
-    """Run a job here, or watch the process that does, until it stops; and whether Ctrl-C stopped it."""
     from .. import batch as work
+
+    return follow(store, job_id, "batch", work.run)
+
+
+def follow(store: JobStore, job_id: str, kind: str, run: Runner) -> tuple[Job, bool]:
+    """Run a job here, or watch the process that does, until it stops; and whether Ctrl-C stopped it."""
     from .. import jobs
 
-    worker = jobs.Supervisor(store, {"batch": work.run})  # not started: it runs this one job and no other
+    worker = jobs.Supervisor(store, {kind: run})  # not started: it runs this one job and no other
     thread: threading.Thread | None = None
     meter, pausing = _Meter(), False
     with own_model():
@@ -165,7 +170,7 @@ def _follow(store: JobStore, job_id: str) -> tuple[Job, bool]:
                 if not alive and (pausing or job.state not in ("queued", "running")):
                     meter.show(store.progress(job_id), last=True)
                     return job, pausing
-                if not alive and (claimed := store.claim(("batch",), worker.owner, job_id)):
+                if not alive and (claimed := store.claim((kind,), worker.owner, job_id)):
                     thread = threading.Thread(target=worker.run, args=(claimed,), daemon=True)
                     thread.start()
                 if worker.problem:  # such as a full disk, which cannot even store that the job has stopped

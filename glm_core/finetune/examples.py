@@ -347,7 +347,7 @@ class _Reader:
             return
         history: tuple[tuple[str, str], ...] = ()
         if columns.history is not None:
-            found = _history(row[have.index(columns.history)])
+            found = read_history(row[have.index(columns.history)])
             if found is None:
                 self.no_history.add(line)
                 return
@@ -360,7 +360,7 @@ class _Reader:
         if not cell.strip():
             self.no_prompt.add(line)
             return
-        turns = _turns(_value(cell))
+        turns = read_turns(read_value(cell))
         if turns is None or len(turns[1]) < 2:
             self.no_turns.add(line)
             return
@@ -631,7 +631,7 @@ class _Lines:
 # --- cells that hold several turns ------------------------------------------------------------------------------
 
 
-def _value(cell: str) -> Any:
+def read_value(cell: str) -> Any:
     """A list in a cell: JSON, or as Python prints it (which is how pandas writes lists into CSV); else None."""
     try:
         return json.loads(cell, parse_int=str, parse_float=str)
@@ -643,15 +643,15 @@ def _value(cell: str) -> Any:
         return None
 
 
-def _history(cell: str) -> tuple[tuple[str, str], ...] | None:
+def read_history(cell: str) -> tuple[tuple[str, str], ...] | None:
     """Earlier rounds of a cell; None where it cannot be read."""
     if not cell.strip():
         return ()
-    value = _value(cell)
+    value = read_value(cell)
     if not isinstance(value, list | tuple):
         return () if cell.strip() == "null" else None
     if value and all(isinstance(one, dict) for one in value):
-        turns = _turns(value)
+        turns = read_turns(value)
         if turns is None or len(turns[1]) % 2:
             return None
         system, texts = turns
@@ -668,7 +668,7 @@ def _history(cell: str) -> tuple[tuple[str, str], ...] | None:
     return tuple(rounds)
 
 
-def _turns(value: Any) -> tuple[str, list[str]] | None:
+def read_turns(value: Any) -> tuple[str, list[str]] | None:
     """(system message, texts of user and assistant in turn) of {"role", "content"} or ShareGPT messages."""
     if not isinstance(value, list | tuple) or not value:
         return None

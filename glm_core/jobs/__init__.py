@@ -40,7 +40,12 @@ __all__ = [
     "this_process",
 ]
 
-KINDS = ("batch", "classify", "finetune", "evaluate")  # every job kind is a module of this package with run(job, store, stop)
+KINDS = (
+    "batch",
+    "classify",
+    "finetune",
+    "evaluate",
+)  # every job kind is a module of this package with run(job, store, stop)
 _lock = threading.Lock()
 _stores: dict[Path, JobStore] = {}
 _supervisors: dict[Path, Supervisor] = {}

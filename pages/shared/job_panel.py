@@ -119,7 +119,11 @@ def message(job: Job) -> None:
 def actions(job: Job, place: str) -> None:
     """The buttons that fit the state of a job; `place` keeps the keys of two screens apart."""
     key = f"{place}_{job.id}"
-    rows = job.kind == "batch"  # others count something else, and say themselves what is left
+    rows = job.kind in (
+        "batch",
+        "classify",
+        "evaluate",
+    )  # others count something else, and say themselves what is left
     if job.state in ("queued", "running") and job.stop_request != "cancel":
         if job.stop_request != "pause":
             if rows:

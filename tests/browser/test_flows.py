@@ -18,7 +18,7 @@ from tests.browser.serving import badge, settled
 from tests.conftest import REPOSITORY
 
 COMMENTS = REPOSITORY / "data" / "samples" / "comments.csv"
-PAGES = ("", "chat", "batch", "jobs", "finetune", "models")
+PAGES = ("", "chat", "batch", "classify", "jobs", "finetune", "models")
 
 
 def ready(page, server) -> None:

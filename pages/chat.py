@@ -191,7 +191,7 @@ def toolbar(store: ConversationStore, found: Conversation | None, engine: Engine
             required=True,
             label_visibility="collapsed",
             help=t("Plain shows tables, code and links best.", "简洁视图更适合表格、代码和链接。"),
-            **state.kept_widget("chat.view", "bubbles"),
+            **state.kept_widget("chat.view", "bubbles", list(names), "default"),
         )
     return view == "native"
 

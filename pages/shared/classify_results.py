@@ -213,7 +213,7 @@ def downloads(job: Job) -> None:
         required=True,
         width="stretch",
         label_visibility="collapsed",
-        **state.kept_widget("batch.export_format", "csv", list(FORMATS)),
+        **state.kept_widget("batch.export_format", "csv", list(FORMATS), "default"),
     )
     guard = True
     if form == "csv":

@@ -57,7 +57,7 @@ def section(this: Found) -> None:
                 "uncertain": t("least sure first", "最不确定优先"),
                 "disagree": t("surest disagreements with the file", "与文件标签最确信的分歧"),
             }.__getitem__,
-            **state.kept_widget("classify.review_order", "uncertain", choices),
+            **state.kept_widget("classify.review_order", "uncertain", choices, "index"),
         )
     with right:
         hide = st.toggle(

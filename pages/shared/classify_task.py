@@ -256,7 +256,7 @@ def _positive(labels: Sequence[dict[str, str]]) -> str:
                 "What is looked for, such as spam: thresholds, precision and recall, ROC and prevalence are about it.",
                 "要找的类别（如垃圾）：阈值、精确率、召回率、ROC 和占比都针对它。",
             ),
-            **state.kept_widget("classify.positive", names[-1] if len(names) == 2 else "", choices),
+            **state.kept_widget("classify.positive", names[-1] if len(names) == 2 else "", choices, "index"),
         )
         or ""
     )

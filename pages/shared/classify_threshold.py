@@ -67,7 +67,7 @@ def _threshold(job_id: str) -> None:
     with left:
         goal = st.segmented_control(
             t("Choose by", "选择方式"), list(goals), format_func=goals.__getitem__, required=True,
-            **state.kept_widget("classify.goal", "f1", list(goals)),
+            **state.kept_widget("classify.goal", "f1", list(goals), "default"),
         )  # fmt: skip
     wanted, costs = 0.95, (1.0, 1.0)
     with right:

@@ -92,7 +92,7 @@ def precision(info: CheckpointInfo) -> str:
             "INT8 和 INT4 只用于线性层，其余为 BF16，回答会略有不同。"
             "自动：小模型用 FP32，其余用 BF16（不支持 BF16 的显卡用 FP16）。",
         ),
-        **state.kept_widget("models.precision", "auto", choices),
+        **state.kept_widget("models.precision", "auto", choices, "index"),
     )
     if stored:
         st.caption(
@@ -114,7 +114,7 @@ def device() -> str:
             choices,
             format_func=lambda one: t("auto", "自动") if one == "auto" else panels.device_name(one),
             help=t("Auto takes a GPU where torch can use one.", "自动：优先使用可用的 GPU。"),
-            **state.kept_widget("models.device", "auto", choices),
+            **state.kept_widget("models.device", "auto", choices, "index"),
         )
     )
 

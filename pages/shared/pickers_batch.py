@@ -73,6 +73,7 @@ def _template(chosen: Chosen) -> str:
     text = st.text_area(
         t("Template", "模板"),
         height=132,
+        value=state.session(widget),  # see state.kept_widget
         key=widget,
         on_change=lambda: state.remember_set(name, state.session(widget)),
         help=t(

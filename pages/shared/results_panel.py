@@ -173,7 +173,7 @@ def _downloads(job: Job) -> None:
         required=True,
         width="stretch",
         label_visibility="collapsed",
-        **state.kept_widget("batch.export_format", "csv", list(FORMATS)),
+        **state.kept_widget("batch.export_format", "csv", list(FORMATS), "default"),
     )
     guard = True
     if form == "csv":

@@ -492,16 +492,28 @@ def remember_set(key: str, value: Any) -> None:
             return
 
 
-def kept_widget(key: str, default: Any, options: Sequence[Any] | None = None) -> dict[str, Any]:
+def kept_widget(
+    key: str, default: Any, options: Sequence[Any] | None = None, argument: str = "value"
+) -> dict[str, Any]:
     """Arguments that make a widget remember its value: st.slider("Rows", 1, 9, **kept_widget("rows", 3)).
 
-    options  where the choices differ between machines: a remembered value that is not among them is left out
+    options   where the choices differ between machines: a remembered value that is not among them is left out
+    argument  what the widget calls the value it begins with: "value", "index" (of the options) or "default"
+    The value is an argument in every run and not set once through the session: a run that starts before the browser
+    has drawn the one before takes its messages back, and the browser would then show and send an empty field.
     """
     widget = f"widget.{key}"
-    value = st.session_state.get(widget, remember(key, default))
-    if widget not in st.session_state or (options is not None and value not in options):
-        st.session_state[widget] = value if options is None or value in options else default
-    return {"key": widget, "on_change": lambda: remember_set(key, st.session_state[widget])}
+    now = st.session_state.get(widget, remember(key, default))
+    if options is not None and now not in options:
+        now = default
+        if widget in st.session_state:
+            st.session_state[widget] = now
+    begin = list(options).index(now) if argument == "index" and options is not None else now
+    return {
+        argument: begin,
+        "key": widget,
+        "on_change": lambda: remember_set(key, st.session_state[widget]),
+    }
 
 
 def _kept_file() -> Path:

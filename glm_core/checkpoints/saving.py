@@ -69,7 +69,9 @@ def save(loaded: LoadedModel, folder: str | Path, progress: Progress | None = No
 
 def _told(loaded: LoadedModel, source: CheckpointInfo, config: dict[str, Any]) -> dict[str, Any] | None:
     """tokenizer_config.json with the generation, where only the name of the folder had told it."""
-    generation = getattr(loaded.tokenizer, "generation", loaded.info.generation)  # training needs no tokenizer
+    generation = getattr(
+        loaded.tokenizer, "generation", loaded.info.generation
+    )  # training needs no tokenizer
     marked = source.path / "tokenizer_config.json"
     told = read_json(marked) if marked.is_file() else {}
     if source.architecture != "chatglm2" or told.get("glm_generation") == generation:

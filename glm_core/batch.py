@@ -14,6 +14,7 @@ import time
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -380,16 +381,21 @@ def start_in_background(store: JobStore, task: BatchTask, table: Rows) -> Job:
 
 def fill_in_background(store: JobStore, job: Job, task: RowTask, table: Rows) -> Job:
     """`fill` in a thread of its own; returns the job as it is at once."""
+    return in_background(job, lambda: fill(store, job, task, table))
 
-    def copy() -> None:
+
+def in_background(job: Job, copy: Callable[[], object]) -> Job:
+    """Copy a job's rows in a thread of its own; returns the job as it is at once."""
+
+    def work() -> None:
         try:
-            fill(store, job, task, table)
+            copy()
         except GLMError:
             pass  # the job says why
         except Exception:
             log.exception("the rows of job %s were not copied", job.id)
 
-    threading.Thread(target=copy, name="glm-copy", daemon=True).start()
+    threading.Thread(target=work, name="glm-copy", daemon=True).start()
     return job
 
 
@@ -412,12 +418,19 @@ class RowTask(Protocol):
 
 def fill(store: JobStore, job: Job, task: RowTask, table: Rows) -> Job:
     """Copy a table's rows into a job that was just created and queue it; a table that cannot be read fails it."""
-    try:
+    with preparing(store, job):
         if not store.add_rows(job.id, islice(table.rows(), task.limit_rows)):
             raise GLMError(f"{task.input_name} has no rows.", "Choose a file with at least one row of data.")
         for warning in table.warnings:
             store.warn(job.id, warning)
         return store.mark_ready(job.id)
+
+
+@contextmanager
+def preparing(store: JobStore, job: Job) -> Iterator[None]:
+    """What goes wrong inside, while the rows of a new job are copied, fails the job with its sentence."""
+    try:
+        yield
     except BaseException as error:  # also when the page's thread is stopped in the middle
         store.mark_unready(
             job.id, str(error) if isinstance(error, GLMError) else "The file was not read to its end."

@@ -634,13 +634,13 @@ def to_result(idx: int, scored: Scored) -> Result:
         truncated=scored.truncated,
         seconds=round(scored.seconds, 4),
         prompt_tokens=scored.prompt_tokens,
-        error=json.dumps(details, ensure_ascii=False, separators=(",", ":")),
+        details=json.dumps(details, ensure_ascii=False, separators=(",", ":")),
     )
 
 
 def from_result(result: Result) -> Scored:
     """The answer of a stored result; GLMError for one that is none."""
-    return _scored(result.prediction, result.error, result.truncated, result.seconds, result.prompt_tokens)
+    return _scored(result.prediction, result.details, result.truncated, result.seconds, result.prompt_tokens)
 
 
 def _scored(label: str, details: str, truncated: bool, seconds: float, prompt_tokens: int) -> Scored:
@@ -683,13 +683,13 @@ def read_answers(store: JobStore, job_id: str) -> tuple[tuple[str, ...], Iterato
     def answers() -> Iterator[Answer]:
         places = {name: i for i, name in enumerate(names)}
         query = (
-            "SELECT idx, prediction, error FROM result "
+            "SELECT idx, prediction, details FROM result "
             "WHERE job_id = ? AND idx > ? AND status = 'ok' ORDER BY idx LIMIT 20000"
         )
         last = -1
         while page := store.connection().execute(query, (job_id, last)).fetchall():
             for row in page:
-                one = _scored(row["prediction"], row["error"], False, 0.0, 0)
+                one = _scored(row["prediction"], row["details"], False, 0.0, 0)
                 yield Answer(
                     row["idx"], places.get(one.label, -1), one.scores, one.probabilities, one.outside,
                     places.get(one.greedy, -1) if one.greedy is not None else -1, one.reason,

@@ -13,7 +13,6 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -217,23 +216,11 @@ class Reviews:
         self.store = store
         with _lock:
             if store.path not in _made:
-                with self._write() as db:
+                with self.store.writing() as db:
                     for statement in SCHEMA:
                         db.execute(statement)
                 self.forget_deleted()
                 _made.add(store.path)
-
-    @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
-        db = self.store.connection()
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield db
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
 
     # ---- what a person does
 
@@ -252,7 +239,7 @@ class Reviews:
         """Withdraw the last standing entry of a person and return it; None where there is none."""
         query = f"SELECT * FROM ({STANDING}) WHERE reviewer = :reviewer ORDER BY seq DESC LIMIT 1"
         reviewer = reviewer_name(reviewer)
-        with self._write() as db:
+        with self.store.writing() as db:
             row = db.execute(query, {"job": job_id, "reviewer": reviewer}).fetchone()
             if row is None:
                 return None
@@ -272,7 +259,7 @@ class Reviews:
         query = (
             f"SELECT * FROM ({STANDING}) WHERE reviewer = :reviewer AND idx = :idx ORDER BY seq DESC LIMIT 1"
         )
-        with self._write() as db:
+        with self.store.writing() as db:
             last = db.execute(query, wanted).fetchone()
             if last is not None and (last["action"], last["label"], last["note"]) == (action, label, note):
                 return _entry(last)  # a key that was pressed twice
@@ -384,7 +371,7 @@ class Reviews:
     def set_truth(self, job_id: str, truth: Truth | None) -> None:
         """Choose the column of correct labels; None takes it back. GLMError for an unknown column or label."""
         job = self.store.get(job_id)
-        with self._write() as db:
+        with self.store.writing() as db:
             if truth is None:
                 db.execute("DELETE FROM review_truth WHERE job_id = ?", (job_id,))
                 return
@@ -470,14 +457,14 @@ class Reviews:
 
     def forget(self, job_id: str) -> int:
         """Delete all reviews of a job for good; how many entries. Ask the person first."""
-        with self._write() as db:
+        with self.store.writing() as db:
             db.execute("DELETE FROM review_truth WHERE job_id = ?", (job_id,))
             return db.execute("DELETE FROM review WHERE job_id = ?", (job_id,)).rowcount
 
     def forget_deleted(self) -> int:
         """Delete the reviews of jobs that are no longer there; how many entries."""
         gone = "job_id NOT IN (SELECT id FROM job)"
-        with self._write() as db:
+        with self.store.writing() as db:
             db.execute(f"DELETE FROM review_truth WHERE {gone}")
             return db.execute(f"DELETE FROM review WHERE {gone}").rowcount
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from glm_core.engine import Engine
     from pages.shared.pickers_batch import Asked
     from pages.shared.table_input import Chosen
-
-AT_ONCE_ROWS = 20_000  # copied within a second
 
 
 def main() -> None:
@@ -221,7 +218,7 @@ def start(draft: dict, task: BatchTask, chosen: Chosen) -> None:
 
     with st.spinner(t("Copying the rows into the job …", "正在将各行复制到任务……")):
         task = replace(task, input_sha256=batch.file_sha256(chosen.path))
-        begin = batch.start if chosen.rows <= AT_ONCE_ROWS else batch.start_in_background
+        begin = batch.start if chosen.rows <= table_input.AT_ONCE_ROWS else batch.start_in_background
         job = begin(state.job_store(), task, chosen.open())
         draft.update(job=job.id, number=draft["number"] + 1)
     state.supervisor()
@@ -233,11 +230,8 @@ def start(draft: dict, task: BatchTask, chosen: Chosen) -> None:
 
 def show_job(job_id: str) -> None:
     """A job by its id: live while it moves, its results once it stopped."""
-    try:
-        job = state.job_store().get(job_id)
-    except GLMError as error:
-        panels.problem(error)
-        page.link("jobs", ("All jobs", "全部任务"), ":material/checklist:")
+    job = job_panel.wanted(job_id, "batch", ("This job is no batch.", "该任务不是批量任务。"))
+    if job is None:
         return
     table_input.leave_address()
     job_panel.steady()
@@ -257,18 +251,8 @@ def live(job_id: str, drawn: str) -> None:
 
 def progress(job_id: str, drawn: str) -> None:
     """Figures, buttons and the last rows; the page is drawn anew when the state is no longer the one drawn."""
-    try:
-        job = state.job_store().get(job_id)
-    except GLMError:
-        st.rerun()
-    if job.state != drawn:
-        st.rerun()
-    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall", key="job_head"):
-        st.subheader(plain(job.title), anchor=False, width="content")
-        job_panel.badges(job)
-        st.caption(panels.format_ago(job.created, time.time()))
-        st.space("stretch")
-        job_panel.actions(job, "batch")
+    job = job_panel.still(job_id, drawn)
+    job_panel.head(job)
     job_panel.problem()
     job_panel.figures(job)
     if job.state in (*job_panel.MOVING, "paused"):

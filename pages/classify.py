@@ -96,15 +96,8 @@ def new(draft: dict[str, Any]) -> None:
 
 def show_job(job_id: str) -> None:
     """A job by its id: live while it moves, its results once there are some."""
-    try:
-        job = state.job_store().get(job_id)
-    except GLMError as error:
-        panels.problem(error)
-        page.link("jobs", ("All jobs", "全部任务"), ":material/checklist:")
-        return
-    if job.kind != "classify":
-        st.warning(t("This job is no classification.", "该任务不是分类任务。"), icon=":material/help:")
-        page.link("jobs", ("All jobs", "全部任务"), ":material/checklist:", job=job.id)
+    job = job_panel.wanted(job_id, "classify", ("This job is no classification.", "该任务不是分类任务。"))
+    if job is None:
         return
     table_input.leave_address()
     job_panel.steady()
@@ -126,19 +119,8 @@ def watch(job_id: str, drawn: str) -> None:
 
 def progress(job_id: str, drawn: str) -> None:
     """Figures, buttons and the last rows; the page is drawn anew when the state is no longer the one drawn."""
-    try:
-        job = state.job_store().get(job_id)
-    except GLMError:
-        st.rerun()
-    if job.state != drawn:
-        st.rerun()
-    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall", key="job_head"):
-        st.subheader(plain(job.title), anchor=False, width="content")
-        job_panel.badges(job)
-        st.caption(panels.format_ago(job.created, time.time()))
-        st.space("stretch")
-        # Its rows are paused, retried and deleted as those of a batch.
-        job_panel.actions(job, "batch")
+    job = job_panel.still(job_id, drawn)
+    job_panel.head(job)
     job_panel.problem()
     classify_review.goes_with(job)
     if job.state != "done":

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import streamlit as st
 
-from glm_core.errors import GLMError
 from pages.shared import (
     finetune_adapt,
     finetune_audit,
@@ -25,9 +22,6 @@ from pages.shared import (
 from pages.shared import finetune_form as form
 from pages.shared.reruns import live
 from pages.shared.text import plain, t
-
-if TYPE_CHECKING:
-    from glm_core.jobs import Job
 
 LISTED = 50
 
@@ -101,15 +95,8 @@ def new_training() -> None:
 
 def show_job(job_id: str) -> None:
     """A training by its id: live while it moves, its report once it is done."""
-    try:
-        job = state.job_store().get(job_id)
-    except GLMError as error:
-        panels.problem(error)
-        page.link("jobs", ("All jobs", "全部任务"), ":material/checklist:")
-        return
-    if job.kind != "finetune":
-        st.warning(t("This job is no training.", "该任务不是训练任务。"), icon=":material/help:")
-        page.link("jobs", ("All jobs", "全部任务"), ":material/checklist:", job=job.id)
+    job = job_panel.wanted(job_id, "finetune", ("This job is no training.", "该任务不是训练任务。"))
+    if job is None:
         return
     finetune_data.leave_address()
     form.put("new", None)
@@ -132,12 +119,7 @@ def show_job(job_id: str) -> None:
 @live(run_every=1)
 def watch(job_id: str, drawn: str) -> None:
     """A training that moves, looked at every second; the page is drawn anew when its state changes."""
-    try:
-        job: Job = state.job_store().get(job_id)
-    except GLMError:
-        st.rerun()
-    if job.state != drawn:
-        st.rerun()
+    job = job_panel.still(job_id, drawn)
     with st.container(key="polled_job"):
         finetune_run.head(job)
         finetune_run.live_view(job, finetune_run.status_of(job))

@@ -18,9 +18,9 @@ import time
 import pytest
 
 from glm_core import batch, cli, doctor, engine, jobs, tables
-from glm_core.cli import batch as labelling
 from glm_core.cli import chat as talking
 from glm_core.cli import checkpoints as showing
+from glm_core.cli import job as labelling
 from glm_core.cli.output import printable
 from glm_core.engine import GenerationSettings, Request
 from glm_core.errors import GLMError
@@ -472,7 +472,7 @@ def test_ctrl_c_pauses_and_the_same_command_goes_on(label, loaded, store, tmp_pa
 def test_a_job_of_a_killed_process_is_taken_over(label, loaded, store):
     label()
     job = store.list()[0]
-    with store._write() as db:
+    with store.writing() as db:
         dead = f"{platform.node()}:999999999:1"
         db.execute("DELETE FROM result WHERE idx = 2")
         db.execute("UPDATE job SET state = 'running', done = 3, owner = ?, marked = 0", (dead,))
@@ -486,7 +486,7 @@ def test_a_job_of_a_live_process_is_watched_not_run(label, loaded, store, monkey
     monkeypatch.setattr(labelling, "POLL_S", 0.02)
     job = store.list()[0]
     me = jobs.this_process()
-    with store._write() as db:
+    with store.writing() as db:
         db.execute("DELETE FROM result WHERE idx = 2")
         db.execute("UPDATE job SET state = 'running', done = 3, owner = ?", (me,))
 

@@ -248,7 +248,6 @@ def test_all_problems_come_at_once(write):
     assert sentences(loaded, "warn") == [
         "Left out: 1 row without a prompt (line 4).",
         "Left out: 1 row without a response (line 5).",
-        "Exact copies of earlier rows: 1 row (line 3).",
     ]
     with pytest.raises(GLMError) as raised:
         loaded.checked()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import psutil
 import pytest
@@ -505,7 +506,7 @@ def test_million_rows_stream_in_flat_memory_and_pages_stay_cheap(store):
     db = store.connection()
     db.execute(
         "INSERT INTO result SELECT job_id, idx, CASE WHEN idx % 10 THEN 'ok' ELSE 'failed' END, 'x', "
-        "idx % 7 = 0, 0, 1, 1, '', idx / 1000.0 FROM row WHERE job_id = ? AND idx < 900000",
+        "idx % 7 = 0, 0, 1, 1, '', idx / 1000.0, '' FROM row WHERE job_id = ? AND idx < 900000",
         (job.id,),
     )
     db.execute("UPDATE job SET done = 810000, failed = 90000 WHERE id = ?", (job.id,))
@@ -551,3 +552,15 @@ def test_what_is_asked_while_a_run_ends_still_counts(store, ended, asked, later,
         getattr(store, later)(job.id)
     store.release(claimed.id, "me", ended, asked=asked)
     assert store.get(job.id).state == expected
+
+
+def test_a_database_of_an_earlier_version_gets_the_new_column(tmp_path):
+    path = tmp_path / "old.db"
+    JobStore(path)
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("ALTER TABLE result DROP COLUMN details")
+    store = JobStore(path)
+    job = store.create("batch", "a", {})
+    store.add_rows(job.id, [["x"], ["y"]])
+    store.save_results(job.id, [Result(0, "ok", "a", details="{}"), Result(1, "ok", "b")])
+    assert [result.details for _, _, result in store.iter_results(job.id)] == ["{}", ""]

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GLMError
-from ..settings import Settings
 from .arguments import FORMATS
-from .batch import NOT_THE_TASK, _not_done, _writable, follow
-from .model import folder_of
-from .output import SOME_ROWS_FAILED, json_text, printable, say
+from .job import carried_out, opened_store, reading, writable
+from .model import chosen
+from .output import INTERRUPTED, SOME_ROWS_FAILED, json_text, printable, say
 
 if TYPE_CHECKING:
     from ..classify import Label, LabelTask, Matched
@@ -30,42 +28,24 @@ RESAMPLES = (200, 2000)
 def classify(options: argparse.Namespace) -> int:
     """Label every row of a table as a durable job and write the result; 3 if rows failed."""
     from .. import classify as work
-    from .. import jobs, tables
+    from .. import tables
     from ..tables.options import plural
 
-    out = _writable(options.out, options.file)
-    settings = Settings.read()
-    settings.make_folders()
-    store = jobs.store(settings)
-    store.recover()  # a job whose process was killed is nobody's now, and can be taken over
-    reading = tables.ReadOptions(
-        encoding=options.encoding,
-        delimiter=options.delimiter,
-        sheet=options.sheet,
-        on_bad_rows=options.on_bad_rows,
-    )
-    table = tables.open_table(options.file, reading)
-    task = _task(options, table.info.columns, reading.to_json())
+    out = writable(options.out, options.file)
+    store, how = opened_store(), reading(options)
+    table = tables.open_table(options.file, how)
+    task = _task(options, table.info.columns, how.to_json())
     gold = _gold(options, table, task) if options.gold is not None else None
-    job = None if options.restart else _earlier(store, task)
-    if job is None:
+
+    def begin() -> Job:
         say(f"Reading {table.info.name} ...")
         job = work.start(store, task, table)
         say(f"Job {job.id}: {job.total:,} rows for {Path(task.checkpoint).name}.")
-    elif job.state == "done" and job.failed and options.retry_failed:
-        job = store.retry_failed(job.id)
-        say(f"Job {job.id}: {job.message}")
-    elif job.state == "done":
-        say(f"Job {job.id} has labelled these rows already; --restart would do it anew.")
-    else:
-        if job.state in ("paused", "failed", "cancelled"):
-            job = store.resume(job.id)
-        where = "is run by another process; this is how far it is" if job.state == "running" else "goes on"
-        say(f"Job {job.id} {where}: {job.total - job.left:,} of {job.total:,} rows are done.")
-    if job.state != "done":
-        job, interrupted = follow(store, job.id, "classify", work.run)
-        if job.state != "done":
-            return _not_done(job, interrupted, options.arguments)
+        return job
+
+    job = carried_out(options, store, "classify", task.to_json(), begin, work.run, "labelled")
+    if job is None:
+        return INTERRUPTED
     report = work.export(store, job.id, out, FORMATS[out.suffix.lower()], guard=not options.no_guard)
     for note in (*job.warnings, *report.notes):
         say(f"Note: {note}")
@@ -96,7 +76,7 @@ def _labels(text: str) -> tuple[Label, ...]:
 
 def _task(options: argparse.Namespace, columns: tuple[str, ...], read_options: dict[str, Any]) -> LabelTask:
     """The task, checked against table and checkpoint before anything is stored; GLMError where it fails."""
-    from .. import batch, checkpoints
+    from .. import batch
     from .. import classify as work
 
     for column in filter(None, (options.column, options.gold)):
@@ -116,19 +96,9 @@ def _task(options: argparse.Namespace, columns: tuple[str, ...], read_options: d
             asked_in_chinese = not instruction.isascii()
             template = f"评论：{template}" if asked_in_chinese else f"Comment: {template}"
     names = [label.name for label in labels]
-    folder = folder_of(options.model)
-    info = checkpoints.inspect(folder)
-    if info.problems:
-        problems = " ".join(info.problems)
-        raise GLMError(f"{folder} cannot be loaded. {problems}", "Repair the folder or choose another.")
-    under = checkpoints.base_of(info, options.base) if info.needs_base else info
-    device = checkpoints.best_device() if options.device == "auto" else options.device
-    auto = options.precision == "auto"
+    _, model = chosen(options)
     task = work.LabelTask(
-        checkpoint=str(folder),
-        checkpoint_fingerprint=checkpoints.fingerprint(folder, under.path if info.needs_base else None),
-        precision=checkpoints.best_precision(under, device) if auto else options.precision,
-        device=device,
+        **model,
         template=template,
         columns=columns,
         labels=labels,
@@ -144,23 +114,10 @@ def _task(options: argparse.Namespace, columns: tuple[str, ...], read_options: d
         input_sha256=batch.file_sha256(options.file),
         read_options=read_options,
         limit_rows=options.limit,
-        generation=under.generation,
-        base=str(under.path) if info.needs_base else "",
         versions=batch.versions(),
     )
     task.check()
     return task
-
-
-def _earlier(store: JobStore, task: LabelTask) -> Job | None:
-    """The newest job of the same task on the same rows; one whose file was not read to its end is none."""
-
-    def key(values: Mapping[str, Any]) -> str:
-        return json.dumps({k: v for k, v in values.items() if k not in NOT_THE_TASK}, sort_keys=True)
-
-    wanted, jobs = key(task.to_json()), store.list(limit=100_000, kind="classify")
-    same = [job for job in jobs if job.complete and key(job.task) == wanted]
-    return max(same, key=lambda job: job.created, default=None)
 
 
 # ---- where the correct labels are known

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GLMError
-from ..settings import Settings
+from .job import carried_out, opened_store, reading
 from .model import asked, folder_of
 from .output import INTERRUPTED, SOME_ROWS_FAILED, json_text, printable, say, width
 
@@ -27,7 +26,7 @@ SCORES, ROWS, PREDICTIONS = "scores.json", "rows.csv", "generated_predictions.tx
 
 def evaluate(options: argparse.Namespace) -> int:
     """Score a checkpoint or predictions on a labelled file, or list the runs; 3 if rows failed."""
-    store = _store()
+    store = opened_store()
     if options.list:
         return _list(store, options.json)
     if options.predictions is not None and options.file is not None:
@@ -49,16 +48,6 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def _store() -> JobStore:
-    from .. import jobs
-
-    settings = Settings.read()
-    settings.make_folders()
-    store = jobs.store(settings)
-    store.recover()
-    return store
-
-
 def _names(text: str) -> list[str]:
     return [one.strip() for one in text.split(",") if one.strip()]
 
@@ -75,39 +64,25 @@ def _imported(store: JobStore, options: argparse.Namespace) -> Run:
         labels=_names(options.labels),
         chosen=_names(options.metrics),
         title=options.title,
-        options=_reading(options),
+        options=reading(options),
     )
-
-
-def _reading(options: argparse.Namespace) -> Any:
-    from ..tables import ReadOptions
-
-    return ReadOptions(
-        encoding=options.encoding, delimiter=options.delimiter, sheet=options.sheet, on_bad_rows=options.on_bad_rows
-    )  # fmt: skip
 
 
 def _asked(store: JobStore, options: argparse.Namespace) -> Run | None:
     """The run of a checkpoint, gone on with where there is one already; None where it was interrupted."""
     from .. import evaluate as work
-    from .batch import _not_done, follow
 
     task = _task(options)
-    job = None if options.restart else _earlier(store, task)
-    if job is None:
+
+    def begin() -> Job:
         job = work.start(store, task, options.title)
         say(f"Run {job.id}: {job.total:,} rows of kind {task.kind} for {Path(task.checkpoint).name}.")
-    elif job.state == "done":
-        say(f"Run {job.id} has answered these rows already; --restart would do it anew.")
-    else:
-        if job.state in ("paused", "failed", "cancelled"):
-            job = store.resume(job.id)
-        say(f"Run {job.id} goes on: {job.total - job.left:,} of {job.total:,} rows are done.")
-    if job.state != "done":
-        job, interrupted = follow(store, job.id, "evaluate", work.run)
-        if job.state != "done":
-            _not_done(job, interrupted, options.arguments)
-            return None
+        return job
+
+    plain = json.loads(json.dumps(task.to_json()))
+    job = carried_out(options, store, "evaluate", plain, begin, work.run, "answered", NOT_THE_TASK)
+    if job is None:
+        return None
     return work.run_of(store, job.id)
 
 
@@ -118,7 +93,7 @@ def _task(options: argparse.Namespace) -> EvaluationTask:
 
     task = work.plan(
         options.file,
-        options=_reading(options),
+        options=reading(options),
         kind=options.kind,
         method=options.method,
         prompt=options.prompt_column,
@@ -142,16 +117,6 @@ def _task(options: argparse.Namespace) -> EvaluationTask:
         options.precision,
         options.device,
     )
-
-
-def _earlier(store: JobStore, task: EvaluationTask) -> Job | None:
-    def key(values: Mapping[str, Any]) -> str:
-        kept = {k: v for k, v in values.items() if k not in NOT_THE_TASK}
-        return json.dumps(kept, sort_keys=True)
-
-    wanted = key(json.loads(json.dumps(task.to_json())))
-    same = [job for job in store.list(100_000, "evaluate") if job.complete and key(job.task) == wanted]
-    return max(same, key=lambda job: job.created, default=None)
 
 
 # ---- what is shown
@@ -257,7 +222,7 @@ def compare(options: argparse.Namespace) -> int:
 
     if not 2 <= len(options.runs) <= MOST_RUNS:
         raise GLMError(f"There are {len(options.runs)} runs.", f"Give 2 to {MOST_RUNS}.")
-    store = _store()
+    store = opened_store()
     ids = [_id(store, one) for one in options.runs]
     found = work.compare_all(store, ids, metric=options.metric, delta=options.delta / 100)
     if options.html is not None:

@@ -17,6 +17,7 @@ from .output import PROGRAM, Meter
 LONGEST_ANSWER = 512
 
 if TYPE_CHECKING:
+    from ..checkpoints import CheckpointInfo
     from ..engine import EngineHost, GenerationSettings
 
 
@@ -36,6 +37,28 @@ def folder_of(named: str | None) -> Path:
         if info.name == named:
             return info.path
     raise GLMError(f"There is neither a folder nor a checkpoint {named!r}.", f"Check the path; {hint}")
+
+
+def chosen(options: argparse.Namespace) -> tuple[CheckpointInfo, dict[str, Any]]:
+    """(the whole checkpoint under what was chosen, the values of a task that name model, precision and device)."""
+    from .. import checkpoints
+
+    folder = folder_of(options.model)
+    info = checkpoints.inspect(folder)
+    if info.problems:
+        problems = " ".join(info.problems)
+        raise GLMError(f"{folder} cannot be loaded. {problems}", "Repair the folder or choose another.")
+    under = checkpoints.base_of(info, options.base) if info.needs_base else info
+    device = checkpoints.best_device() if options.device == "auto" else options.device
+    auto = options.precision == "auto"
+    return under, {
+        "checkpoint": str(folder),
+        "checkpoint_fingerprint": checkpoints.fingerprint(folder, under.path if info.needs_base else None),
+        "precision": checkpoints.best_precision(under, device) if auto else options.precision,
+        "device": device,
+        "generation": under.generation,
+        "base": str(under.path) if info.needs_base else "",
+    }
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,17 +51,7 @@ def start_in_background(
 ) -> Job:
     """`start` for a large table: the job is "preparing" while its rows are copied."""
     job = _create(store, task, title)
-
-    def copy() -> None:
-        try:
-            _fill(store, job, task, table)
-        except GLMError:
-            pass  # the job says why
-        except Exception:
-            log.exception("the rows of run %s were not copied", job.id)
-
-    threading.Thread(target=copy, name="glm-copy", daemon=True).start()
-    return job
+    return batch.in_background(job, lambda: _fill(store, job, task, table))
 
 
 def title_of(task: EvaluationTask) -> str:
@@ -79,7 +68,7 @@ def _create(store: JobStore, task: EvaluationTask, title: str) -> Job:
 
 
 def _fill(store: JobStore, job: Job, task: EvaluationTask, table: Table | None) -> Job:
-    try:
+    with batch.preparing(store, job):
         if table is None:
             table = open_table(
                 Path(task.input_path), ReadOptions.from_json(task.read_options), task.input_name
@@ -93,11 +82,6 @@ def _fill(store: JobStore, job: Job, task: EvaluationTask, table: Table | None) 
         for warning in (*table.warnings, *left_out(left)):
             store.warn(job.id, warning)
         return store.mark_ready(job.id)
-    except BaseException as error:  # also when the page's thread is stopped in the middle
-        store.mark_unready(
-            job.id, str(error) if isinstance(error, GLMError) else "The file was not read to its end."
-        )
-        raise
 
 
 def left_out(left: Left) -> list[str]:

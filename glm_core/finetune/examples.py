@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -423,7 +422,6 @@ class _Reader:
             )  # fmt: skip
             return
         self._numbers()
-        self._copies()
         responses = {example.response.strip() for example in self.examples}
         if self.training and len(responses) == 1 and len(self.examples) > 1:
             self._stop(
@@ -483,28 +481,6 @@ class _Reader:
                     others.count,
                 )
             )
-
-    def _copies(self) -> None:
-        """Rows that say the same as an earlier one."""
-        import numpy as np
-
-        seen = array("q", (hash((one.prompt, one.response, one.history)) for one in self.examples))
-        keys = np.frombuffer(seen, dtype=np.int64)
-        order = np.argsort(keys, kind="stable")
-        again = order[1:][keys[order[1:]] == keys[order[:-1]]]
-        if not len(again):
-            return
-        lines = [self.examples[i].line for i in np.sort(again)[:KEPT_LINES]]
-        count = len(again)
-        self.problems.append(
-            Problem(
-                "warn",
-                f"Exact copies of earlier rows: {plural(count, 'row')} ({self.unit} {listed(lines, count)}).",
-                "Remove them, or split by this program, which keeps copies on one side.",
-                tuple(lines),
-                count,
-            )
-        )
 
     def _stop(self, message: str, todo: str) -> None:
         self.problems.append(Problem("stop", message, todo))

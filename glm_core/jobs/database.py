@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +51,7 @@ SCHEMA = (
     """CREATE TABLE IF NOT EXISTS result(
         job_id TEXT, idx INT, status TEXT NOT NULL, prediction TEXT NOT NULL, truncated INT NOT NULL,
         seconds REAL NOT NULL, prompt_tokens INT NOT NULL, new_tokens INT NOT NULL, error TEXT NOT NULL,
-        finished REAL NOT NULL, PRIMARY KEY(job_id, idx)) WITHOUT ROWID""",
+        finished REAL NOT NULL, details TEXT NOT NULL DEFAULT '', PRIMARY KEY(job_id, idx)) WITHOUT ROWID""",
     "CREATE INDEX IF NOT EXISTS result_finished ON result(job_id, finished)",
     "CREATE INDEX IF NOT EXISTS result_failed ON result(job_id, idx) WHERE status = 'failed'",
     "CREATE INDEX IF NOT EXISTS result_truncated ON result(job_id, idx) WHERE truncated = 1",
@@ -74,9 +74,11 @@ class JobStore:
         self._local = threading.local()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self._write() as db:
+            with self.writing() as db:
                 for statement in SCHEMA:
                     db.execute(statement)
+                if "details" not in {row["name"] for row in db.execute("PRAGMA table_info(result)")}:
+                    db.execute("ALTER TABLE result ADD COLUMN details TEXT NOT NULL DEFAULT ''")
         except (OSError, sqlite3.DatabaseError) as error:
             raise GLMError(
                 f"The job database {self.path} cannot be used: {error}.",
@@ -105,7 +107,8 @@ class JobStore:
         return db
 
     @contextmanager
-    def _write(self) -> Iterator[sqlite3.Connection]:
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: committed at its end, taken back where an error passes through."""
         db = self.connection()
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -122,7 +125,7 @@ class JobStore:
         """A new job in state "preparing", owned by this process until `mark_ready`."""
         now = time.time()
         job_id = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(3)}"
-        with self._write() as db:
+        with self.writing() as db:
             db.execute(
                 "INSERT INTO job(id, kind, title, state, task, created, owner, marked) "
                 "VALUES (?,?,?,?,?,?,?,?)",
@@ -143,7 +146,7 @@ class JobStore:
 
     def _insert_rows(self, job_id: str, index: int, chunk: Sequence[Sequence[str]], ascii_only: bool) -> None:
         dumps = json.JSONEncoder(ensure_ascii=ascii_only, separators=(",", ":")).encode
-        with self._write() as db:
+        with self.writing() as db:
             db.executemany(
                 "INSERT INTO row VALUES (?,?,?)",
                 ((job_id, i, dumps(list(cells))) for i, cells in enumerate(chunk, index)),
@@ -233,14 +236,15 @@ class JobStore:
         """Commit results at once; how many were new: the first stays. JobLost if `owner` lost it."""
         now = time.time()
         new = {"ok": 0, "failed": 0, "truncated": 0}
-        with self._write() as db:
+        names = [field.name for field in fields(Result)]
+        insert = (
+            f"INSERT INTO result(job_id, {RESULT_COLUMNS}) VALUES ({_marks([job_id, *names])}) "
+            "ON CONFLICT(job_id, idx) DO NOTHING"
+        )
+        with self.writing() as db:
             for result in results:
-                values = asdict(replace(result, finished=result.finished or now))
-                inserted = db.execute(
-                    f"INSERT INTO result(job_id, {RESULT_COLUMNS}) VALUES ({_marks(range(len(values) + 1))}) "
-                    "ON CONFLICT(job_id, idx) DO NOTHING",
-                    (job_id, *values.values()),
-                )
+                given = result if result.finished else replace(result, finished=now)
+                inserted = db.execute(insert, (job_id, *(getattr(given, name) for name in names)))
                 if inserted.rowcount:
                     new[result.status] += 1
                     new["truncated"] += result.truncated
@@ -297,7 +301,7 @@ class JobStore:
 
     def request_pause(self, job_id: str) -> Job:
         """Pause a queued job at once, a running one within a second; GLMError where none runs or waits."""
-        with self._write() as db:
+        with self.writing() as db:
             db.execute("UPDATE job SET stop_request = 'pause' WHERE id = ? AND state = 'running'", (job_id,))
             db.execute("UPDATE job SET state = 'paused' WHERE id = ? AND state = 'queued'", (job_id,))
         job = self.get(job_id)
@@ -307,7 +311,7 @@ class JobStore:
 
     def request_cancel(self, job_id: str) -> Job:
         """Cancel a job; finished rows stay. GLMError if it is over already."""
-        with self._write() as db:
+        with self.writing() as db:
             db.execute("UPDATE job SET stop_request = 'cancel' WHERE id = ? AND state = 'running'", (job_id,))
             db.execute(
                 "UPDATE job SET state = 'cancelled', finished = ?, owner = '' "
@@ -336,7 +340,7 @@ class JobStore:
 
     def retry_failed(self, job_id: str) -> Job:
         """Forget the failed results and queue the job again; GLMError while it runs or if no row failed."""
-        with self._write() as db:
+        with self.writing() as db:
             state = "SELECT state, complete FROM job WHERE id = ?"
             row = db.execute(state, (job_id,)).fetchone()
             if (
@@ -443,7 +447,7 @@ class JobStore:
 
     def warn(self, job_id: str, text: str) -> None:
         """Add a sentence to the job's warnings, once, and not more than fifty."""
-        with self._write() as db:
+        with self.writing() as db:
             row = db.execute("SELECT warnings FROM job WHERE id = ?", (job_id,)).fetchone()
             warnings = json.loads(row["warnings"]) if row else []
             if text not in warnings and len(warnings) < 50:
@@ -498,7 +502,7 @@ class JobStore:
         )
 
     def _change(self, query: str, values: Sequence[Any] | Mapping[str, Any]) -> int:
-        with self._write() as db:
+        with self.writing() as db:
             return db.execute(query, values).rowcount
 
 

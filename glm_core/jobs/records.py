@@ -50,7 +50,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one row; `error` says why it failed, or what to know about an answer that did not."""
+    """What became of one row; `error` says why it failed, or what to know about an answer that did not.
+
+    details   what else a kind of job keeps of an answer, in a form of its own
+    """
 
     idx: int
     status: Literal["ok", "failed"]
@@ -61,6 +64,7 @@ class Result:
     new_tokens: int = 0
     error: str = ""
     finished: float = 0.0
+    details: str = ""
 
 
 @dataclass(frozen=True)

@@ -964,7 +964,6 @@ SENTENCES: dict[str, str] = {
     "There is no file {}.": "没有文件 {}。",
     'Share of rows whose answer is the correct label; width, case, marks around it and a leading "answer:" do not count, and any other answer is wrong.': "答案为正确标签的行所占的比例；全角半角、大小写、首尾标点和开头的“答案：”不计，其他任何答案都算错。",
     'Share of rows whose final number equals that of the reference: the first behind ####, else the last in \\boxed{{}}, else the one behind the last "the answer is" or "答案是", else the last number of all; 1,234.0 is 1234, and a row without a number is wrong.': "最终数字与参考答案相等的行所占的比例：先取 #### 后的第一个数字，其次取最后一个 \\boxed{{}} 中的，再次取最后一个“答案是”或其英文说法之后的，否则取全文最后一个数字；1,234.0 等于 1234，没有数字的行算错。",
-    "Exact copies of earlier rows: {} ({} {}).": "与前面的行完全相同：{:t}（{:t} {}）。",
     "The column {} mixes {} with {} ({} {}): what the model is to answer is not clear.": "列 {} 混有 {} 与 {}（{:t} {}）：模型应回答什么并不明确。",
     # --- classification
     "There is one label.": "只有一个标签。",

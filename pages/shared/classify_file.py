@@ -15,7 +15,7 @@ from glm_core import batch, tables
 from glm_core.errors import GLMError
 from glm_core.review import Reviews, Truth
 from glm_core.tables import ReadOptions
-from pages.shared import classify_task, classify_truth, job_panel, panels, state, table_input
+from pages.shared import classify_task, classify_truth, panels, state, table_input, trial
 from pages.shared.classify_one import percent
 from pages.shared.text import plain, said, t
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pages.shared.classify_task import Asked
     from pages.shared.table_input import Chosen
 
-AT_ONCE_ROWS = 20_000  # copied within a second
 TRIAL_ROWS = 20
 MOST_KINDS = 1000  # different values of a column that are counted
 TRIED = "classify.trial"
@@ -160,27 +159,7 @@ def _show_trial(task: LabelTask, chosen: Chosen, asked: Asked) -> None:
     stale = tried.task != _identity(task)
     if stale and len(tried.scored[0].probabilities) != len(asked.labels):
         return
-    per_row = tried.seconds / len(tried.scored)
-    whole = panels.format_duration(batch.estimate(per_row, chosen.rows))
-    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall", key="classify_speed"):
-        st.badge(
-            job_panel.rate_text(1 / per_row if per_row else 0.0), icon=":material/speed:", color="violet"
-        )
-        st.badge(
-            t(f"about {whole} for {chosen.rows:,} rows", f"{chosen.rows:,} 行约需 {whole}"),
-            icon=":material/timer:",
-            color="violet",
-            help=t(
-                "At the pace of these rows. A long table is usually faster, as more rows are computed together.",
-                "按这几行的速度估计。表格较长时通常更快，因为同时计算的行更多。",
-            ),
-        )
-        if stale:
-            st.badge(
-                t("measured before the last change", "修改之前测得"),
-                icon=":material/history:",
-                color="orange",
-            )
+    trial.speed(tried.seconds / len(tried.scored), chosen.rows, stale, "classify_speed")
     names = (
         t("text", "文本"),
         t("label", "标签"),
@@ -218,7 +197,7 @@ def _start(draft: dict[str, Any], task: LabelTask, chosen: Chosen, truth: Truth 
     store = state.job_store()
     with st.spinner(t("Copying the rows into the job …", "正在将各行复制到任务……")):
         task = replace(task, input_sha256=batch.file_sha256(chosen.path))
-        begin = classify.start if chosen.rows <= AT_ONCE_ROWS else classify.start_in_background
+        begin = classify.start if chosen.rows <= table_input.AT_ONCE_ROWS else classify.start_in_background
         job = begin(store, task, chosen.open())
         if truth is not None:
             Reviews(store).set_truth(job.id, truth)

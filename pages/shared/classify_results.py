@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
 
-from glm_core.errors import GLMError
-from pages.shared import charts, classify_data, classify_truth, panels, state
+from pages.shared import charts, classify_data, classify_truth, panels, results_panel, state
 from pages.shared.classify_data import Found
-from pages.shared.results_panel import AT_ONCE_ROWS, FORMATS, IN_MEMORY_BYTES
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
@@ -205,78 +201,12 @@ def downloads(job: Job) -> None:
     """The table with the answers beside it, in four formats."""
     from glm_core import classify
 
-    panels.section(t("Download", "下载"), "download")
-    form = st.segmented_control(
-        t("Format", "格式"),
-        list(FORMATS),
-        format_func=lambda one: FORMATS[one][0],
-        required=True,
-        width="stretch",
-        label_visibility="collapsed",
-        **state.kept_widget("batch.export_format", "csv", list(FORMATS), "default"),
-    )
-    guard = True
-    if form == "csv":
-        guard = st.toggle(
-            t("Safe to open in Excel", "可安全用 Excel 打开"),
-            help=t(
-                "A cell that Excel would run as a formula gets an apostrophe in front.",
-                "会被 Excel 当作公式的单元格前会加一个撇号。",
-            ),
-            **state.kept_widget("batch.export_guard", True),
-        )
-    name = f"{job.id}-{classify_data.stamp(job)}{'' if guard else '-plain'}.{form}"
-    file = state.settings().exports / name
-    if not file.is_file():
-        if job.total > AT_ONCE_ROWS and not st.button(
-            t(f"Write the file ({job.total:,} rows)", f"生成文件（{job.total:,} 行）"),
-            icon=":material/save:",
-            key=f"classify_write_{job.id}",
-        ):
-            return
-        try:
-            with st.spinner(t("Writing the file …", "正在生成文件……")):
-                classify.export(state.job_store(), job.id, file, form, guard=guard)
-        except GLMError as error:
-            panels.problem(error)
-            return
-    _offer(job, form, file)
-
-
-def _offer(job: Job, form: str, file: Path) -> None:
-    manifest = file.with_name(f"{file.name}.manifest.json")
-    name = f"{Path(job.title).stem or 'table'}-{job.id[:15]}"
-    size = panels.format_bytes(file.stat().st_size)
-    with st.container(horizontal=True, vertical_alignment="center"):
-        if file.stat().st_size <= IN_MEMORY_BYTES:
-            with file.open("rb") as data:
-                st.download_button(
-                    f"{FORMATS[form][0]} · {size}", data, file_name=f"{name}.{form}", mime=FORMATS[form][1],
-                    icon=":material/download:", type="primary", key=f"download_{file.name}", on_click="ignore",
-                )  # fmt: skip
-        if manifest.is_file():
-            st.download_button(
-                t("Manifest", "清单"), manifest.read_bytes(), file_name=f"{name}.{form}.manifest.json",
-                mime="application/json", icon=":material/receipt_long:", key=f"manifest_{file.name}",
-                on_click="ignore",
-                help=t("Model and its hash, labels, question, versions: how these answers were made.",
-                       "模型及其哈希、标签、提问、版本：答案是如何产生的。"),
-            )  # fmt: skip
-    if file.stat().st_size > IN_MEMORY_BYTES:
-        st.caption(
-            t(f"{size} is too large for the browser; it lies here:", f"{size}，过大而无法由浏览器下载：")
-        )
-        st.code(str(file), language=None, wrap_lines=True)
-    try:
-        notes = json.loads(manifest.read_text(encoding="utf-8")).get("export_notes", [])
-    except (OSError, ValueError):
-        notes = []
-    for note in notes:
-        st.caption(f":material/info: {plain(said(str(note)))}")
-    st.caption(
+    results_panel.downloads(
+        job,
+        classify.export,
         t(
             "Your columns unchanged and in their order, then the label, the probability of each label, the margin, "
             "the mass outside and the reason to review.",
             "原有列及顺序不变，其后依次为标签、各标签的概率、领先幅度、标签之外的概率和送审原因。",
-        )
+        ),
     )

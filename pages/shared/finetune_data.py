@@ -176,7 +176,7 @@ def _offer() -> None:
                         take({"sample": name})
                         st.rerun()
         with right:
-            _path_box()
+            table_input.path_box("finetune_path", "~/tables/train.jsonl", resolve, take)
 
 
 def upload(what: str, label: str) -> dict[str, str] | None:
@@ -194,28 +194,6 @@ def upload(what: str, label: str) -> dict[str, str] | None:
         return None
     form.put(count, form.value(count, 0) + 1)
     return {"table": stored.name, "file": tables.client_name(sent.name)}
-
-
-def _path_box() -> None:
-    roots = ", ".join(str(root) for root in state.settings().table_roots)
-    st.markdown(f"**{t('Or a file already on this computer', '或本机上的文件')}**")
-    with st.form("finetune_path", border=False):
-        with st.container(horizontal=True, vertical_alignment="bottom"):
-            text = st.text_input(
-                t("Path, for files too large to upload", "路径（适用于过大的文件）"),
-                placeholder="~/tables/train.jsonl",
-                key="finetune_path_text",
-                help=t(f"Folders that may be read: {plain(roots)}", f"允许读取的文件夹：{plain(roots)}"),
-            )
-            sent = st.form_submit_button(t("Open", "打开"), icon=":material/folder_open:", key="open_path")
-    if sent and text.strip():
-        try:
-            resolve({"path": text.strip()})
-        except GLMError as error:
-            panels.problem(error)
-        else:
-            take({"path": text.strip()})
-            st.rerun()
 
 
 # --- how it is read -----------------------------------------------------------------------------------------

@@ -64,12 +64,7 @@ def share(status: TrainingStatus) -> float:
 
 def head(job: Job) -> None:
     """Title, state and buttons."""
-    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall", key="job_head"):
-        st.subheader(plain(job.title), anchor=False, width="content")
-        job_panel.badges(job)
-        st.caption(panels.format_ago(job.created, time.time()))
-        st.space("stretch")
-        job_panel.actions(job, "finetune")
+    with job_panel.head(job):
         if job.state in job_panel.STOPPED:
             page.link("jobs", ("Delete on the Jobs page", "到“任务”页删除"), ":material/delete:", job=job.id)
     job_panel.problem()

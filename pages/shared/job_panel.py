@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from glm_core.errors import GLMError
-from pages.shared import panels, state, table_input
+from pages.shared import page, panels, state, table_input
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
+    from streamlit.delta_generator import DeltaGenerator
+
     from glm_core.jobs import Job
 
 MOVING = ("preparing", "queued", "running")
@@ -63,6 +65,44 @@ def badges(job: Job) -> None:
                 "由命令行或其他服务运行；可在此查看、暂停和取消。",
             ),
         )
+
+
+def wanted(job_id: str, kind: str, otherwise: tuple[str, str]) -> Job | None:
+    """The job of an address; None, with a sentence and a way out, where it is gone or of another kind."""
+    try:
+        job: Job = state.job_store().get(job_id)
+    except GLMError as error:
+        panels.problem(error)
+        page.link("jobs", ("All jobs", "全部任务"), ":material/checklist:")
+        return None
+    if job.kind != kind:
+        st.warning(t(*otherwise), icon=":material/help:")
+        page.link("jobs", ("All jobs", "全部任务"), ":material/checklist:", job=job.id)
+        return None
+    return job
+
+
+def still(job_id: str, drawn: str) -> Job:
+    """The job as it stands; the whole page is drawn anew where it is gone or no longer in the state drawn."""
+    try:
+        job: Job = state.job_store().get(job_id)
+    except GLMError:
+        st.rerun()
+    if job.state != drawn:
+        st.rerun()
+    return job
+
+
+def head(job: Job) -> DeltaGenerator:
+    """Title, state, age and buttons in a row; the row, for more of them."""
+    row = st.container(horizontal=True, vertical_alignment="center", gap="xsmall", key="job_head")
+    with row:
+        st.subheader(plain(job.title), anchor=False, width="content")
+        badges(job)
+        st.caption(panels.format_ago(job.created, time.time()))
+        st.space("stretch")
+        actions(job, "page")
+    return row
 
 
 def bar(job: Job) -> None:
@@ -117,7 +157,7 @@ def message(job: Job) -> None:
 
 
 def actions(job: Job, place: str) -> None:
-    """The buttons that fit the state of a job; `place` keeps the keys of two screens apart."""
+    """The buttons that fit the state of a job; `place` is "page" on the job's own page and "list" among others."""
     key = f"{place}_{job.id}"
     rows = job.kind in (
         "batch",
@@ -131,8 +171,8 @@ def actions(job: Job, place: str) -> None:
             else:
                 _button("pause", t("Stop", "停止"), "stop_circle", job, key)
     if job.state in STOPPED and job.complete and (job.left or not rows):
-        _button("resume", t("Resume", "继续"), "play_arrow", job, key, primary=place == job.kind)
-    if not rows and place == job.kind:
+        _button("resume", t("Resume", "继续"), "play_arrow", job, key, primary=place == "page")
+    if not rows and place == "page":
         return
     if job.failed and job.state not in MOVING and job.complete:
         label = t(f"Retry {job.failed:,} failed", f"重试失败的 {job.failed:,} 行")
@@ -197,7 +237,11 @@ def _act(what: str, job_id: str) -> None:
 
 
 def _delete(job_id: str) -> None:
-    state.job_store().delete(job_id)
+    from glm_core.review import Reviews
+
+    store = state.job_store()
+    store.delete(job_id)
+    Reviews(store).forget(job_id)
     for file in state.settings().exports.glob(f"{job_id}-*"):
         file.unlink(missing_ok=True)
 

@@ -41,6 +41,14 @@ MENU: tuple[tuple[tuple[str, str], tuple[Entry, ...]], ...] = (
         ),
     ),
     (
+        ("MEASURE", "评测"),
+        (
+            Entry("evaluate", "pages/evaluate.py", ("Evaluation", "评估"), ":material/analytics:"),
+            Entry("compare", "pages/compare.py", ("Comparison", "对比"), ":material/compare:"),
+            Entry("memory", "pages/memory.py", ("Quantization & memory", "量化与显存"), ":material/memory:"),
+        ),
+    ),
+    (
         ("MODEL", "模型"),
         (
             Entry("finetune", "pages/finetune.py", ("Fine-tuning", "微调"), ":material/tune:"),

@@ -14,11 +14,12 @@ from pages.shared import charts, panels, state, table_input
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from glm_core.jobs import Job
 
 PAGE_ROWS = 100
 MOST_ANSWERS = 12
-AT_ONCE_ROWS = 20_000  # larger tables are written on request
 IN_MEMORY_BYTES = 100_000_000
 FORMATS = {
     "csv": ("CSV", "text/csv"),
@@ -44,7 +45,15 @@ def results(job: Job) -> None:
     else:
         card = st.container(border=True, key="downloads")
     with card:
-        _downloads(job)
+        downloads(
+            job,
+            batch.export,
+            t(
+                "Your columns unchanged and in their order, then the answer, its status, whether the prompt was "
+                "truncated, the seconds and a note.",
+                "原有列及顺序不变，其后依次为回答、状态、是否截断、用时和备注。",
+            ),
+        )
     with st.container(border=True, key="results"):
         _table(job)
 
@@ -164,7 +173,12 @@ def _short(answer: str) -> str:
 # --- downloads --------------------------------------------------------------------------------------------
 
 
-def _downloads(job: Job) -> None:
+def downloads(job: Job, export: Callable[..., object], behind: str) -> None:
+    """The analyst's table with the answers beside it, in four formats, and the manifest.
+
+    export  writes it: batch.export, or that of another kind of job
+    behind  which columns follow the analyst's own
+    """
     panels.section(t("Download", "下载"), "download")
     form = st.segmented_control(
         t("Format", "格式"),
@@ -188,7 +202,7 @@ def _downloads(job: Job) -> None:
         )
     file = _file(job, form, guard)
     if not file.is_file():
-        if job.total > AT_ONCE_ROWS and not st.button(
+        if job.total > table_input.AT_ONCE_ROWS and not st.button(
             t(f"Write the file ({job.total:,} rows)", f"生成文件（{job.total:,} 行）"),
             icon=":material/save:",
             key=f"write_{job.id}",
@@ -196,11 +210,12 @@ def _downloads(job: Job) -> None:
             return
         try:
             with st.spinner(t("Writing the file …", "正在生成文件……")):
-                batch.export(state.job_store(), job.id, file, form, guard=guard)
+                export(state.job_store(), job.id, file, form, guard=guard)
         except GLMError as error:
             panels.problem(error)
             return
     _offer(job, form, file)
+    st.caption(behind)
 
 
 def _file(job: Job, form: str, guard: bool) -> Path:
@@ -235,8 +250,8 @@ def _offer(job: Job, form: str, file: Path) -> None:
                 key=f"manifest_{job.id}_{file.name}",
                 on_click="ignore",
                 help=t(
-                    "Model and its hash, prompt, settings, file hash, versions, counts: how these answers were made.",
-                    "模型及其哈希、提示词、设置、文件哈希、版本和计数：回答是如何产生的。",
+                    "Model and its hash, prompt, settings, labels, file hash, versions, counts: how these answers were made.",
+                    "模型及其哈希、提示词、设置、标签、文件哈希、版本和计数：回答是如何产生的。",
                 ),
             )
     if file.stat().st_size > IN_MEMORY_BYTES:
@@ -247,13 +262,6 @@ def _offer(job: Job, form: str, file: Path) -> None:
         st.code(str(file), language=None, wrap_lines=True)
     for note in _notes(manifest):
         st.caption(f":material/info: {plain(said(note))}")
-    st.caption(
-        t(
-            "Your columns unchanged and in their order, then the answer, its status, whether the prompt was "
-            "truncated, the seconds and a note.",
-            "原有列及顺序不变，其后依次为回答、状态、是否截断、用时和备注。",
-        )
-    )
 
 
 def _notes(manifest: Path) -> list[str]:

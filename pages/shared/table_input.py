@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
@@ -18,6 +18,9 @@ from glm_core.tables import ReadOptions, Table, TableInfo
 from pages.shared import panels, state
 from pages.shared.text import plain, said, t
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 TYPES = ["csv", "tsv", "txt", "json", "jsonl", "ndjson", "xlsx", "xls", "parquet"]
 SAMPLES = {
     "comments": ("comments.csv", ("60 comments, spam and normal", "60 条评论，垃圾与正常混合")),
@@ -26,6 +29,7 @@ SAMPLES = {
 STORED = re.compile(r"[0-9a-f]{32}\.[a-z]{3,7}")
 KEPT_ROWS = 100
 SHOWN_ROWS = 20
+AT_ONCE_ROWS = 20_000  # copied or written within a second; more are copied in the background
 DELIMITERS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar", "": "one column"}
 DELIMITERS_ZH = {",": "逗号", "\t": "制表符", ";": "分号", "|": "竖线", "": "单列"}
 ADDRESS = ("sample", "table", "file", "path")
@@ -202,24 +206,27 @@ def _offer() -> None:
                         take({"sample": name})
                         st.rerun()
         with right:
-            _path_box()
+            path_box("path_form", "~/tables/comments.csv", _resolve, take)
 
 
-def _path_box() -> None:
+def path_box(
+    key: str, example: str, check: Callable[[dict[str, str]], object], take: Callable[[dict[str, str]], None]
+) -> None:
+    """A box for a file on this computer; `check` raises GLMError for one that cannot be opened."""
     roots = ", ".join(str(root) for root in state.settings().table_roots)
     st.markdown(f"**{t('Or a file already on this computer', '或本机上的文件')}**")
-    with st.form("path_form", border=False):
+    with st.form(key, border=False):
         with st.container(horizontal=True, vertical_alignment="bottom"):
             text = st.text_input(
                 t("Path, for files too large to upload", "路径（适用于过大的文件）"),
-                placeholder="~/tables/comments.csv",
-                key="table_path",
+                placeholder=example,
+                key=f"{key}_text",
                 help=t(f"Folders that may be read: {plain(roots)}", f"允许读取的文件夹：{plain(roots)}"),
             )
             sent = st.form_submit_button(t("Open", "打开"), icon=":material/folder_open:", key="open_path")
     if sent and text.strip():
         try:
-            _resolve({"path": text.strip()})
+            check({"path": text.strip()})
         except GLMError as error:
             panels.problem(error)
         else:

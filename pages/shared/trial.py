@@ -67,26 +67,7 @@ def show(task: BatchTask, total: int) -> None:
     if "trial" not in kept or kept["trial"].results == ():
         return
     found, stale = kept["trial"], kept["task"] != identity(task)
-    per_row = found.seconds_per_row
-    whole = panels.format_duration(batch.estimate(per_row, total))
-    rate = job_panel.rate_text(1 / per_row if per_row else 0.0)
-    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall", key="trial_speed"):
-        st.badge(rate, icon=":material/speed:", color="violet")
-        st.badge(
-            t(f"about {whole} for {total:,} rows", f"{total:,} 行约需 {whole}"),
-            icon=":material/timer:",
-            color="violet",
-            help=t(
-                "At the pace of these rows. A long table is usually faster, as more rows are computed together.",
-                "按这几行的速度估计。表格较长时通常更快，因为同时计算的行更多。",
-            ),
-        )
-        if stale:
-            st.badge(
-                t("measured before the last change", "修改之前测得"),
-                icon=":material/history:",
-                color="orange",
-            )
+    speed(found.seconds_per_row, total, stale, "trial_speed")
     columns = json.loads(kept["task"])["columns"]
     used = _used(json.loads(kept["task"])["template"], columns)
     rows = [
@@ -109,6 +90,30 @@ def show(task: BatchTask, total: int) -> None:
     st.dataframe(
         table_input.frame(names, rows), column_config=table_input.widths(names, rows, 330), key="trial_rows"
     )
+
+
+def speed(per_row: float, total: int, stale: bool, key: str) -> None:
+    """The pace of a trial, in seconds per row, and what it means for the whole table."""
+    whole = panels.format_duration(batch.estimate(per_row, total))
+    with st.container(horizontal=True, vertical_alignment="center", gap="xsmall", key=key):
+        st.badge(
+            job_panel.rate_text(1 / per_row if per_row else 0.0), icon=":material/speed:", color="violet"
+        )
+        st.badge(
+            t(f"about {whole} for {total:,} rows", f"{total:,} 行约需 {whole}"),
+            icon=":material/timer:",
+            color="violet",
+            help=t(
+                "At the pace of these rows. A long table is usually faster, as more rows are computed together.",
+                "按这几行的速度估计。表格较长时通常更快，因为同时计算的行更多。",
+            ),
+        )
+        if stale:
+            st.badge(
+                t("measured before the last change", "修改之前测得"),
+                icon=":material/history:",
+                color="orange",
+            )
 
 
 def _used(template: str, columns: list[str]) -> list[int]:

@@ -174,6 +174,20 @@ def model_folder(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return tiny_checkpoint
 
 
+def write_whole_with_prefix(folder: Path, base: Path) -> Path:
+    """A whole checkpoint with a prefix in it."""
+    from safetensors.torch import load_file, save_file
+
+    from glm_core import adapters
+
+    shutil.copytree(base, folder)
+    config = json.loads((base / "config.json").read_text())
+    encoder = adapters.PrefixEncoder(adapters.BaseShape.of_file(config), 5)
+    save_file(load_file(base / "model.safetensors") | encoder.released_state(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"pre_seq_len": 5, "prefix_projection": False}))
+    return folder
+
+
 @pytest.fixture
 def loaded_model(model_folder: Path) -> engine.Engine:
     """The engine of a tiny checkpoint, loaded in this process as after a click on Load."""

@@ -173,7 +173,7 @@ def test_records_under_a_key_and_lines_are_tables_too(open_page, words):
 def test_a_path_outside_the_allowed_folders_is_refused(open_page, tmp_path, monkeypatch):
     monkeypatch.setenv("GLM_TABLES", str(tmp_path / "tables"))
     app = open_page("batch")
-    app.text_input(key="table_path").set_value("/etc/hostname")
+    app.text_input(key="path_form_text").set_value("/etc/hostname")
     app = click(app, "open_path")
     assert not app.exception
     assert "outside the folders" in app.error[0].value
@@ -185,7 +185,7 @@ def test_a_path_inside_is_opened(open_page, words, tmp_path, monkeypatch):
     (folder / "big.tsv").write_text("a\tb\n1\t2\n")
     monkeypatch.setenv("GLM_TABLES", str(folder))
     app = open_page("batch")
-    app.text_input(key="table_path").set_value(str(folder / "big.tsv"))
+    app.text_input(key="path_form_text").set_value(str(folder / "big.tsv"))
     assert "1 rows · 2 columns" in words(click(app, "open_path"))
 
 

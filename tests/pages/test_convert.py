@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from glm_core import adapters, checkpoints, engine
+from glm_core import checkpoints, engine
 from glm_core.errors import GLMError
 from pages.shared import convert_panel, state
-from tests.pages.conftest import write_lora, write_prefix
+from tests.pages.conftest import write_lora, write_prefix, write_whole_with_prefix
 
 
 @pytest.fixture
@@ -51,18 +51,6 @@ def keys(elements):
     return [one.key for one in elements]
 
 
-def with_prefix(folder: Path, base: Path) -> Path:
-    """A whole checkpoint with a prefix in it."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(base, folder)
-    config = json.loads((base / "config.json").read_text())
-    encoder = adapters.PrefixEncoder(adapters.BaseShape.of_file(config), 5)
-    save_file(load_file(base / "model.safetensors") | encoder.released_state(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config | {"pre_seq_len": 5, "prefix_projection": False}))
-    return folder
-
-
 def logits(folder, base=None):
     import torch
 
@@ -82,7 +70,7 @@ def test_only_what_can_be_made_of_a_checkpoint_is_offered(family):
         "native": checkpoints.inspect(checkpoints.convert_to_glm(base, family / "native", "fp32")),
         "lora": checkpoints.inspect(write_lora(family / "lora", base)),
         "prefix": checkpoints.inspect(write_prefix(family / "prefix", base)),
-        "whole with prefix": checkpoints.inspect(with_prefix(family / "both", base)),
+        "whole with prefix": checkpoints.inspect(write_whole_with_prefix(family / "both", base)),
         "first": replace(checkpoints.inspect(base), architecture="chatglm"),
         "broken": replace(checkpoints.inspect(base), problems=("config.json names no model_type.",)),
     }
@@ -208,7 +196,7 @@ def test_a_lora_chosen_to_be_loaded_can_be_merged_on_the_same_page(open_page, fa
 def test_a_prefix_is_written_alone_and_loads_onto_its_base(open_page, family, saved):
     import torch
 
-    both = with_prefix(family / "both", family / "tiny-chatglm3")
+    both = write_whole_with_prefix(family / "both", family / "tiny-chatglm3")
     app = opened(open_page, both)
     save(app)
     out = saved / "both-prefix"

@@ -504,7 +504,7 @@ def test_a_running_training_shows_its_curve_and_can_be_stopped():
     figures = {one.label: (one.value, one.delta) for one in app.metric}
     assert figures["Step"][0] == "10"
     assert figures["Loss"] == ("1.5000", "dev 1.7000")
-    app.button(key=f"pause_finetune_{job.id}").click().run()
+    app.button(key=f"pause_page_{job.id}").click().run()
     assert store().get(job.id).stop_request == "pause"
 
 
@@ -513,7 +513,7 @@ def test_the_newest_open_training_is_shown_without_an_address():
     app = opened()
     assert app.query_params["job"] in (job.id, [job.id])
     assert "Stopped after step 10 of 40" in app.warning[0].value
-    app.button(key=f"resume_finetune_{job.id}").click().run()
+    app.button(key=f"resume_page_{job.id}").click().run()
     assert store().get(job.id).state == "queued"
 
 
@@ -542,7 +542,7 @@ def test_a_failed_training_says_why_and_can_be_resumed():
     job = training("failed", events=EVENTS)
     app = opened(job=job.id)
     assert "NaN at step 5" in app.error[0].value
-    assert [one for one in app.button if one.key == f"resume_finetune_{job.id}"]
+    assert [one for one in app.button if one.key == f"resume_page_{job.id}"]
 
 
 def test_answers_of_the_checkpoints_stand_side_by_side():

@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 
 from glm_core import checkpoints, effect, engine
 from pages.shared import state
-from tests.pages.conftest import write_lora, write_prefix
+from tests.pages.conftest import write_lora, write_prefix, write_whole_with_prefix
 
 
 def click(app, key):
@@ -247,24 +247,11 @@ def test_without_a_fitting_base_there_is_nothing_to_load(open_page, family):
 
 
 def test_a_base_with_a_prefix_of_its_own_is_not_offered(open_page, words, family):
-    whole_with_prefix(family / "whole", family / "tiny-chatglm3")
+    write_whole_with_prefix(family / "whole", family / "tiny-chatglm3")
     made = write_lora(family / "adapter", family / "tiny-chatglm3")
     app = choose(open_page("models"), made)
     assert bases_of(app) == [["tiny-chatglm3"]]
     assert "whole carries a prefix of its own" in words(app)
-
-
-def whole_with_prefix(folder: Path, base: Path) -> Path:
-    from safetensors.torch import load_file, save_file
-
-    from glm_core import adapters
-
-    shutil.copytree(base, folder)
-    config = json.loads((base / "config.json").read_text())
-    encoder = adapters.PrefixEncoder(adapters.BaseShape.of_file(config), 5)
-    save_file(load_file(base / "model.safetensors") | encoder.released_state(), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config | {"pre_seq_len": 5, "prefix_projection": False}))
-    return folder
 
 
 def test_the_next_adapter_gets_a_base_of_its_own(open_page, family):
@@ -312,7 +299,7 @@ def test_an_adapter_without_effect_is_warned_about(open_page, family):
 
 
 def test_what_was_measured_is_forgotten_with_the_model(open_page, words, family):
-    whole = whole_with_prefix(family / "whole", family / "tiny-chatglm3")
+    whole = write_whole_with_prefix(family / "whole", family / "tiny-chatglm3")
     engine.host().use(whole)
     app = wait_until_measured(click(open_page("models"), "effect_start"))
     assert "of 8 answers changed" in words(app)
@@ -325,7 +312,7 @@ def test_what_was_measured_is_forgotten_with_the_model(open_page, words, family)
 # the traceback goes to the terminal
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_failed_measurement_is_a_sentence(open_page, family, monkeypatch):
-    engine.host().use(whole_with_prefix(family / "whole", family / "tiny-chatglm3"))
+    engine.host().use(write_whole_with_prefix(family / "whole", family / "tiny-chatglm3"))
     monkeypatch.setattr(effect, "measure", lambda *_: 1 / 0)
     app = wait_until_measured(click(open_page("models"), "effect_start"))
     assert "The test prompts were not answered: ZeroDivisionError" in app.error[0].value.replace("\\", "")

@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from glm_core import metrics, statistics
-from pages.shared import charts, classify_data, classify_measures, panels, state
+from pages.shared import charts, classify_carry, classify_data, classify_measures, panels, state
 from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
@@ -55,6 +55,14 @@ def calibration(this: Found) -> None:
                 delta_arrow="off",
                 help=t("Above 1 the model was too sure, below 1 not sure enough.", "大于 1 表示模型过于自信，小于 1 表示不够自信。"),
             )  # fmt: skip
+        if not fit.reason and classify_carry.can_keep_calibration(this.job):
+            classify_carry.button(
+                f"carry_calibration_{this.job.id}",
+                classify_carry.uses(this.job, temperature=fit.temperature, bias=list(fit.bias)),
+                classify_carry.keep_calibration,
+                this.job,
+                fit,
+            )
         if fit.at_limit:
             st.caption(":orange[:material/info:] " + t("The temperature is at its limit.", "温度已达极限。"))
         if fit.reason:
@@ -199,6 +207,13 @@ def _abstain(job_id: str) -> None:
                 f"**{(proof.at_least or 0):.2%}**（置信度 {proof.level:.0%}，精确二项界）。",
             ),
             icon=":material/verified:" if holds and not proof.optimistic else ":material/info:",
+        )
+        classify_carry.button(
+            f"carry_review_{job_id}",
+            classify_carry.uses(this.job, abstain_below=round(found.value, 6)),
+            classify_carry.keep_review,
+            this.job,
+            found.value,
         )
         if proof.optimistic:
             st.caption(

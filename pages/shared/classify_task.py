@@ -12,7 +12,7 @@ import streamlit as st
 
 from glm_core import batch
 from glm_core.errors import GLMError
-from pages.shared import panels, state
+from pages.shared import classify_carry, panels, state
 from pages.shared.text import plain, t
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Asked:
     shots: tuple[tuple[str, str], ...]
     content_free: bool
     abstain_below: float
+    carried: dict[str, Any] | None = None  # what was measured on another file
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -98,9 +99,10 @@ def ask(engine: Engine) -> Asked | None:
         problems = [*_problems(labels, template), *([problem] if problem else [])]
         for one in problems:
             panels.problem(one)
-    if problems:
-        return None
-    return Asked(tuple(labels), template, positive, shots, bool(content_free), float(abstain))
+        if problems:
+            return None
+        carried = classify_carry.strip(engine, labels, template, shots)
+    return Asked(tuple(labels), template, positive, shots, bool(content_free), float(abstain), carried)
 
 
 # --- labels ------------------------------------------------------------------------------------------------
@@ -357,7 +359,7 @@ def make(
 
     loaded = engine.loaded
     base = loaded.base.path if loaded.base else None
-    return LabelTask(
+    task = LabelTask(
         checkpoint=str(loaded.info.path),
         checkpoint_fingerprint=checkpoints.fingerprint(loaded.info.path, base),
         precision=loaded.precision,
@@ -376,3 +378,4 @@ def make(
         base=str(base) if base else "",
         versions=batch.versions(),
     )
+    return classify_carry.carried_into(task, asked.carried)

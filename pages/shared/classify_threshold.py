@@ -8,7 +8,7 @@ import numpy as np
 import streamlit as st
 
 from glm_core import metrics, statistics
-from pages.shared import charts, classify_data, classify_measures, panels, state
+from pages.shared import charts, classify_carry, classify_data, classify_measures, panels, state
 from pages.shared.classify_quality import between, number
 from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
@@ -125,6 +125,15 @@ def _threshold(job_id: str) -> None:
         _curve(
             metrics.roc(part.truth == positive, part.probability[:, positive]), value, judged, "roc", job_id
         )
+    name = this.names[positive]
+    classify_carry.button(
+        f"carry_threshold_{job_id}",
+        classify_carry.uses(this.job, positive=name, threshold=round(value, 6)),
+        classify_carry.keep_threshold,
+        this.job,
+        name,
+        value,
+    )
     called = float((this.answers.probability[:, positive] >= value).mean())
     st.caption(
         t(

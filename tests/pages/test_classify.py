@@ -376,6 +376,104 @@ def test_the_certificate_counts_the_errors_of_other_rows(open_page, store, words
     assert f"{proof.accepted:,} were accepted and {proof.errors:,} of them wrong" in words(app)
 
 
+# --- carried to the next run
+
+
+def measured(store, model, n: int = 300, **task):
+    """A finished job of the loaded model, with the question and the labels the page begins with."""
+    question = classify_task.default_template().replace("{text}", "{comment}")
+    return labelled(
+        store,
+        n,
+        **{
+            "checkpoint": str(model.loaded.info.path),
+            "precision": model.loaded.precision,
+            "template": question,
+        }
+        | task,
+    )
+
+
+def started(app, store):
+    """Start a job on a small file; its task."""
+    upload(app, "next.csv", FILE)
+    button(app, "classify_start").click().run()
+    assert not app.exception
+    return next(job for job in store.list(kind="classify") if job.title == "next.csv").task
+
+
+def carry_review(open_page, job) -> float:
+    """Let the next run send to review what may not be accepted at a risk of a tenth; the probability."""
+    app = open_page("classify", job=job.id, view="abstain")
+    app.select_slider(key="widget.classify.risk").set_value(10.0).run()
+    button(app, "carry_review").click().run()
+    return app.session_state["kept.classify.carried"]["abstain_below"]
+
+
+def test_a_threshold_that_was_measured_holds_for_the_next_run_until_it_is_dropped(
+    open_page, loaded_model, store, words
+):
+    job = measured(store, loaded_model)
+    app = open_page("classify", job=job.id, view="threshold")
+    value = next(one for one in app.slider if str(one.key).startswith("classify_threshold")).value
+    button(app, "carry_threshold").click().run()
+    assert button(app, "carry_threshold").disabled
+    app = open_page("classify")
+    assert f"spam from {value:.4f}" in words(app) or f"1 from {value:.4f}" in words(app)
+    task = started(app, store)
+    assert (task["positive"], task["threshold"]) == (SPAM, pytest.approx(value, abs=1e-6))
+    app = open_page("classify")
+    app.button(key="carried_drop").click().run()
+    assert "As measured on" not in words(app)
+    assert open_page("classify").session_state["kept.classify.carried"] is None
+
+
+def test_a_calibration_that_was_measured_gives_the_next_run_its_probabilities(
+    open_page, loaded_model, store, words
+):
+    from glm_core.classify import LabelTask
+
+    job = measured(store, loaded_model)
+    app = open_page("classify", job=job.id, view="threshold")
+    button(app, "carry_threshold").click().run()
+    app = open_page("classify", job=job.id, view="calibration")
+    button(app, "carry_calibration").click().run()
+    app = open_page("classify")
+    assert "calibration (temperature" in words(app)
+    task = LabelTask.from_json(started(app, store))
+    rows = classify_data.found(job).rows
+    fit = statistics.fit_calibration(rows.scores, rows.truth, bias=True)
+    assert task.temperature == pytest.approx(fit.temperature)
+    assert task.bias == pytest.approx(fit.bias)
+    assert task.threshold is None  # it was one of the probabilities before
+
+
+def test_what_was_measured_with_another_checkpoint_or_question_is_not_used(
+    open_page, loaded_model, store, words
+):
+    job = measured(store, loaded_model, checkpoint="/elsewhere/other-model")
+    carry_review(open_page, job)
+    app = open_page("classify")
+    assert "Not used here" in words(app)
+    assert "other\\-model" in words(app)
+    assert started(app, store)["abstain_below"] == 0.6
+    job = measured(store, loaded_model)
+    value = carry_review(open_page, job)
+    app = open_page("classify")
+    assert f"review below {value:.4f}" in words(app)
+    app.text_area(key="widget.classify.template").set_value("Is it spam? {text}").run()
+    assert "other labels, question or examples" in words(app)
+
+
+def test_reviews_go_with_the_job_they_belong_to(open_page, store):
+    job = labelled(store, 10)
+    Reviews(store).label(job.id, 0, "Ann", SPAM)
+    app = open_page("jobs")
+    button(app, f"delete_list_{job.id}").click().run()
+    assert not app.exception
+    assert Reviews(store).count(job.id) == 0
+
+
 def test_the_share_of_a_label_is_corrected_by_the_labelled_rows(open_page, store):
     job = labelled(store, 400, known=0.5)
     app = open_page("classify", job=job.id, view="share")

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from . import checkpoints
 from .errors import GLMError
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from .checkpoints import LoadedModel
+    from .models.lean import LeanDecoder
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ CHAT_STEPS_PER_BATCH_ROUND = 3  # while somebody chats, batch work gets every fo
 FORWARD_SECONDS = 0.25  # no forward should keep a chat request waiting longer
 FORWARD_TOKENS = 32  # the least that is fed at once, however slow the machine
 KEPT_HANDLES = 256
+MOST_LIKELIEST = 20  # tokens noted beside a generated one
 MAX_SEED = 1 << 62  # torch takes 64 bits; a row's number is added to the seed of a job
 AGAIN = "started again in a smaller batch, memory had run out"
 
@@ -98,12 +100,26 @@ class GenerationSettings:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to be continued. `prefix_length` leading ids are shared with other requests and computed once."""
+    """A prompt to be continued. `prefix_length` leading ids are shared with other requests and computed once.
+
+    logprobs   how many of the likeliest tokens are noted beside every generated one; None notes nothing
+    """
 
     prompt_ids: tuple[int, ...]
     settings: GenerationSettings = GenerationSettings()
     priority: Priority = "chat"
     prefix_length: int = 0
+    logprobs: int | None = None
+
+
+class TokenScore(NamedTuple):
+    """Log-probability of a generated token, in nats, as the model gives it: before temperature, penalty and cuts.
+
+    likeliest   (id, log-probability) of the likeliest tokens at its place, best first
+    """
+
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...]
 
 
 State = Literal["queued", "running", "done", "cancelled", "failed"]
@@ -120,6 +136,7 @@ class Handle:
         self.error: GLMError | None = None
         self.notes: tuple[str, ...] = ()
         self.ids: list[int] = []
+        self.scores: list[TokenScore] = []  # of the ids, where the request asks for them
         self.submitted = time.monotonic()
         self.started: float | None = None
         self.first_token: float | None = None
@@ -415,6 +432,7 @@ class Engine:
     def __init__(self, loaded: LoadedModel, max_rows: int | None = None) -> None:
         self.loaded = loaded
         self.model: Any = loaded.model
+        self._lean = self._prepared()
         self.tokenizer = loaded.tokenizer
         self.context = loaded.info.context
         self.device = loaded.device
@@ -432,6 +450,7 @@ class Engine:
         self._virtual_keys_values = self._prefix_columns()
         # At most this many rows at a time; halved when memory runs out.
         self.limits: dict[Priority, int] = {"chat": CHAT_ROWS, "batch": max_rows or self._room_for_rows()}
+        self.most_waiting: dict[Priority, int] = {"chat": CHAT_QUEUE, "batch": BATCH_QUEUE}
         self.prefixes = PrefixCache(max(16 << 20, min(loaded.weight_bytes // 10, 1 << 30)))
         self.notes: tuple[str, ...] = loaded.notes
         self.exact: SelfTest | None = None
@@ -461,8 +480,7 @@ class Engine:
         with self._condition:
             self._refuse_if_closed()
             queue = self._queues[request.priority]
-            limit = CHAT_QUEUE if request.priority == "chat" else BATCH_QUEUE
-            if len(queue) >= limit:
+            if len(queue) >= self.most_waiting[request.priority]:
                 raise EngineBusy(
                     f"{len(queue)} requests are waiting, which is as many as the queue takes.",
                     "Try again in a moment.",
@@ -659,6 +677,10 @@ class Engine:
         request.settings.check()
         if not request.prompt_ids:
             raise GLMError("The prompt is empty.", "Enter a text.")
+        if request.logprobs is not None and not 0 <= request.logprobs <= MOST_LIKELIEST:
+            raise GLMError(
+                f"logprobs is {request.logprobs}.", f"Choose a whole number from 0 to {MOST_LIKELIEST}."
+            )
         if len(request.prompt_ids) >= self.context:
             raise GLMError(
                 f"The prompt has {len(request.prompt_ids)} tokens, the model takes {self.context} with the answer.",
@@ -907,6 +929,10 @@ class Engine:
         mask, where = self._seen(positions, real, n, layout)
         if tree is not None and len(tree):
             mask[..., -len(tree) :, -len(tree) :] &= tree
+        if self._lean is not None:
+            lean: Tensor = self._lean(ids, mask, cache, positions, keep)
+            cache.length += n
+            return lean.float()
         output = self.model(
             input_ids=ids,
             attention_mask=mask,
@@ -974,6 +1000,8 @@ class Engine:
                     RuntimeError
                 ) as error:  # numbers that cannot be sampled from end this row, not its neighbours
                     handle._failed = _failure(error)
+        if any(handle.request.logprobs is not None for handle in handles):
+            self._note_scores(handles, logits, tokens)
         now = time.monotonic()
         for handle, token in zip(handles, tokens.tolist(), strict=True):
             if handle._failed is not None:
@@ -982,6 +1010,25 @@ class Engine:
             if handle.first_token is None:
                 handle.first_token = now
         return tokens
+
+    @staticmethod
+    def _note_scores(handles: list[Handle], logits: Tensor, tokens: Tensor) -> None:
+        """Note the log-probability of the token of every row that asks for it; before the token itself."""
+        asked = [
+            row
+            for row, handle in enumerate(handles)
+            if handle.request.logprobs is not None and handle._failed is None
+        ]
+        if not asked:
+            return
+        values = logits[asked].log_softmax(-1)
+        most = max(handles[row].request.logprobs or 0 for row in asked)
+        likeliest, ids = (part.tolist() for part in values.topk(min(most, values.shape[-1])))
+        chosen = values.gather(1, tokens[asked][:, None])[:, 0].tolist()
+        for place, row in enumerate(asked):
+            pairs = zip(ids[place], likeliest[place], strict=True)
+            kept = tuple(itertools.islice(pairs, handles[row].request.logprobs))
+            handles[row].scores.append(TokenScore(chosen[place], kept))
 
     def _settle(self, priority: Priority) -> None:
         """Finish the rows that reached an end, and free their part of the cache."""
@@ -1087,6 +1134,19 @@ class Engine:
             )
 
     # ---- scoring and the reference path ----------------------------------------------------------------------
+
+    def _prepared(self) -> LeanDecoder | None:
+        """The model's lean forward, where it has one, with the weights laid out for this processor."""
+        from . import linear
+        from .models.lean import lean
+
+        if self.loaded.device_map:
+            return None
+        self.model.eval()
+        found = lean(self.model)
+        if self.loaded.device.type == "cpu":
+            linear.pack(self.model)
+        return found
 
     def _element_size(self) -> int:
         """Bytes of a number in the cache: that of the embedding, whatever the linear layers are stored in."""

@@ -80,7 +80,9 @@ class LoadedModel:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        from ..linear import weight_bytes
+
+        return weight_bytes(self.model)
 
     @property
     def devices(self) -> str:

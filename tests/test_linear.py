@@ -1,0 +1,230 @@
+"""Packed and joined layers: the same numbers, the same files, and never a second copy of a weight."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from glm_core import checkpoints, linear
+from glm_core.engine import KVCache
+from glm_core.models.lean import lean
+from glm_core.quantization import RowwiseLinear
+
+pytestmark = pytest.mark.skipif(not linear.works(torch.float32), reason="torch has no oneDNN operators here")
+
+
+def layer(dtype=torch.float32, bias=True, rows=24, columns=40):
+    torch.manual_seed(rows)
+    return nn.Linear(columns, rows, bias).to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", linear.DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (3, 7, 40), (0, 40)])
+def test_a_packed_layer_computes_what_the_plain_one_does(dtype, bias, shape):
+    plain = layer(dtype, bias)
+    packed = linear.PackedLinear(plain.weight, plain.bias)
+    x = torch.randn(shape).to(dtype)
+    atol = 1e-6 if dtype == torch.float32 else 2**-6
+    torch.testing.assert_close(packed(x), plain(x), rtol=0, atol=atol)
+    assert packed(x).dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", linear.DTYPES)
+def test_the_weight_comes_back_bit_for_bit(dtype):
+    plain = layer(dtype)
+    packed = linear.PackedLinear(plain.weight, plain.bias)
+    assert torch.equal(packed.weight, plain.weight)
+    assert packed.state_dict().keys() == plain.state_dict().keys()
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in packed.state_dict().items())
+    assert packed.nbytes == plain.weight.numel() * plain.weight.element_size()
+
+
+def test_a_packed_layer_takes_another_dtype_and_lets_gradients_through():
+    plain = layer(torch.bfloat16)
+    packed = linear.PackedLinear(plain.weight, plain.bias)
+    x = torch.randn(2, 40, requires_grad=True)
+    out = packed(x)
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    torch.testing.assert_close(x.grad, plain.weight.float().sum(0).expand(2, -1))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+def test_joined_layers_give_their_outputs_side_by_side(kind):
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    parts = [layer(dtype, rows=rows, columns=64) for rows in (64, 32, 32)]
+    if kind.startswith("int"):
+        parts = [RowwiseLinear.from_linear(one, int(kind[3:])) for one in parts]
+    holder = nn.ModuleDict({name: copy.deepcopy(one) for name, one in zip("qkv", parts, strict=True)}).eval()
+    before = {name: value.clone() for name, value in holder.state_dict().items()}
+    whole = linear.join(holder, "qkv")
+    x = torch.randn(5, 64).to(dtype)
+    atol = 1e-6 if kind == "fp32" else 0.03
+    torch.testing.assert_close(whole(x), torch.cat([one(x) for one in parts], -1), rtol=0, atol=atol)
+    for name, one in zip("qkv", parts, strict=True):
+        torch.testing.assert_close(holder[name](x), one(x), rtol=0, atol=atol)
+    after = holder.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    assert linear.weight_bytes(holder) == sum(v.numel() * v.element_size() for v in before.values())
+    assert linear.join(holder, "qkv") is whole
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        (layer(), layer(bias=False)),
+        (layer(), layer(torch.bfloat16)),
+        (layer(), RowwiseLinear.from_linear(layer(), 8)),
+        (RowwiseLinear.from_linear(layer(), 4), RowwiseLinear.from_linear(layer(), 8)),
+        (layer(), nn.Sequential(layer())),
+    ],
+    ids=["bias", "dtype", "codes", "bits", "adapter"],
+)
+def test_layers_of_different_kinds_are_not_joined(layers):
+    holder = nn.ModuleDict(dict(zip("ab", layers, strict=True)))
+    assert linear.join(holder, "ab") is None
+    assert list(holder.values()) == list(layers)
+
+
+def test_a_head_that_shares_the_embedding_is_not_packed():
+    model = nn.ModuleDict({"embedding": nn.Embedding(24, 40), "dense": layer(), "head": layer(bias=False)})
+    model["head"].weight = model["embedding"].weight
+    assert linear.pack(model) == 24 * 40 * 4
+    assert type(model["head"]) is nn.Linear
+    assert type(model["dense"]) is linear.PackedLinear
+
+
+def test_what_this_processor_lacks_is_computed_as_always(monkeypatch):
+    monkeypatch.setattr(linear, "works", lambda dtype: False)
+    model = nn.ModuleDict({"a": layer(), "b": layer()})
+    x = torch.randn(3, 40)
+    right = torch.cat([one(x) for one in model.values()], -1)
+    assert linear.pack(model) == 0
+    torch.testing.assert_close(linear.join(model, "ab")(x), right)
+
+
+# --- the lean forward
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 2,
+    "rms_norm_eps": 1e-5, "attention_bias": True,
+}  # fmt: skip
+
+
+def made(kind: str, **more):
+    """A small decoder with random weights; biases and norms are random too."""
+    from transformers import Glm4Config, Glm4ForCausalLM, GlmConfig, GlmForCausalLM
+
+    config, model = (Glm4Config, Glm4ForCausalLM) if kind == "glm4" else (GlmConfig, GlmForCausalLM)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    if kind == "stretched":
+        rope |= {"rope_type": "linear", "factor": 4.0}
+    torch.manual_seed(5)
+    built = model(config(**SIZES | {"rope_parameters": rope} | more)).eval().requires_grad_(False)
+    for parameter in built.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    if kind == "lora":
+        from glm_core import adapters
+
+        adapters.add_lora(built, targets=["q_proj", "down_proj"])
+        for name, parameter in built.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        built.eval().requires_grad_(False)
+    if kind in ("int8", "int4"):
+        from glm_core import quantization
+
+        quantization.quantize(built, int(kind[3:]))
+    return built
+
+
+def columns(rows: int, n: int, cached: int, padding: int):
+    """ids, mask and positions of n new columns behind cached ones; rows but the first begin with padding."""
+    ids = torch.randint(3, 97, (rows, n), generator=torch.Generator().manual_seed(rows + n + cached))
+    total = cached + n
+    real = torch.ones(rows, total, dtype=torch.bool)
+    real[1:, :padding] = False
+    place = torch.arange(total)
+    own = place[cached:, None]
+    mask = (real[:, None, :] & (place <= own)) | (place == own)
+    return ids, mask[:, None], (real.cumsum(1) - 1).clamp_min(0)[:, cached:]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["glm", "glm4", "stretched", "lora", "int8", "int4"])
+def test_the_lean_forward_gives_the_models_own_logits_at_every_step(kind, heads):
+    model = made(kind, num_key_value_heads=heads)
+    fast = lean(copy.deepcopy(model))
+    assert fast is not None
+    linear.pack(fast.model)
+    own, ours, cached = KVCache(3), KVCache(3), 0
+    with torch.inference_mode():
+        for n in (9, 1, 1, 4, 1):
+            ids, mask, positions = columns(3, n, cached, 3)
+            right = model(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=own,
+                position_ids=positions,
+                use_cache=True,
+            ).logits
+            found = fast(ids, mask, ours, positions, n)
+            own.length += n
+            ours.length += n
+            cached += n
+            real = slice(None) if cached > 9 else slice(3, None)  # what padding columns give is never read
+            torch.testing.assert_close(found[:, real], right[:, real], rtol=0, atol=3e-5)
+            torch.testing.assert_close(fast(*columns(1, 2, 0, 0)[:2], KVCache(3), torch.arange(2)[None], 1)[0, 0],
+                                       fast(*columns(1, 2, 0, 0)[:2], KVCache(3), torch.arange(2)[None], 2)[0, 1])  # fmt: skip
+
+
+def test_an_adapter_that_is_switched_off_is_off_in_the_lean_forward():
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    bare, adapted = made("glm"), made("lora")
+    fast = lean(adapted)
+    ids, mask, positions = columns(2, 6, 0, 0)
+    with torch.inference_mode():
+        on = fast(ids, mask, KVCache(3), positions, 6)
+        for one in adapted.modules():
+            if isinstance(one, BaseTunerLayer):
+                one.enable_adapters(False)
+        off = fast(ids, mask, KVCache(3), positions, 6)
+        right = bare(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(off, right, rtol=0, atol=3e-5)
+    assert (on - off).abs().max() > 0.01
+
+
+def test_other_architectures_have_no_lean_forward():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    }
+    assert lean(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)).eval()) is None
+    assert lean(made("glm", hidden_act="gelu")) is None
+    assert lean(made("glm").train()) is None
+
+
+def test_an_engines_model_is_still_the_checkpoint(tiny_checkpoint):
+    """What the engine made faster is saved as it was loaded, and counts the same bytes."""
+    from glm_core.engine import Engine
+
+    loaded = checkpoints.load(tiny_checkpoint, "fp32", "cpu")
+    before = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+    size = loaded.weight_bytes
+    engine = Engine(loaded)
+    try:
+        assert any(isinstance(one, linear.PackedLinear) for one in loaded.model.modules())
+        after = loaded.model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in after.items())
+        assert loaded.weight_bytes == size
+    finally:
+        engine.close()

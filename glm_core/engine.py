@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Priority = Literal["chat", "batch"]
+DYNAMIC = "int8-dynamic"  # the precision in which activations are rounded to 8 bits as well
 CHAT_QUEUE = 64  # waiting chat requests before a new one is refused
 BATCH_QUEUE = 2048
 CHAT_ROWS = 16
@@ -1145,6 +1146,9 @@ class Engine:
         self.model.eval()
         found = lean(self.model)
         if self.loaded.device.type == "cpu":
+            if self.loaded.precision == DYNAMIC and linear.dynamic_works():
+                linear.dynamic(self.model)
+                found = lean(self.model)
             linear.pack(self.model)
         return found
 

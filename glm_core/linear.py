@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quantization import RowwiseLinear
+from .quantization import RowwiseLinear, quantize_weight, unpack_int4
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -65,16 +65,77 @@ class PackedLinear(nn.Module):
         )
 
 
+class DynamicLinear(nn.Module):
+    """y = x W^T + b over INT8 codes with the activations in 8 bits too, each row with a scale of its own.
+
+    The products are integers and their sums exact; what is lost is the rounding of x to 255 levels of its row's
+    largest value. codes int8 (out, in), scale (out,); the bias is float. Activations go in as unsigned numbers around
+    128: for signed ones oneDNN has no fast product. Source of the scheme: W8A8 with per-token scales, as in Dettmers
+    et al. 2022 without the outliers' part.
+    """
+
+    bias: nn.Parameter | None
+    ZERO = 128
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        with torch.inference_mode(False), torch.no_grad():
+            self._packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.detach().contiguous(), None)
+            self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
+        self.weight_scale = nn.Parameter(scale.detach().float(), False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), False))
+
+    def stored(self) -> Tensor:
+        """The codes, int8 (out, in)."""
+        return self._packed.to_dense().t().contiguous()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes."""
+        return self.out_features * self.in_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out) in the dtype of x."""
+        rows = x.reshape(-1, self.in_features)
+        largest = torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True, dtype=torch.float32)
+        largest.clamp_min_(torch.finfo(torch.float32).tiny * self.ZERO)  # a row of zeros stays zeros
+        codes = (
+            (rows * (127 / largest)).add_(self.ZERO + 0.5).to(torch.uint8)
+        )  # cut off: rounded to the nearest
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, self.ZERO, self._packed, self.weight_scale, self._zeros, None, 1.0, 0, torch.float32,
+            "none", [], "",
+        )  # fmt: skip
+        out *= largest / 127
+        if self.bias is not None:
+            out += self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.stored()
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        )
+
+
+Whole = PackedLinear | DynamicLinear | RowwiseLinear
+
+
 class Part(nn.Module):
     """Some output rows of a layer that was joined with its neighbours; computes all of them and keeps its own.
 
     For those who call the layers one by one. `whole` is the joined layer, `rows` its own.
     """
 
-    def __init__(self, whole: PackedLinear | RowwiseLinear, rows: slice) -> None:
+    whole: Whole
+
+    def __init__(self, whole: Whole, rows: slice) -> None:
         super().__init__()
         self.__dict__["whole"] = whole  # not a child: it is not this layer's alone
-        self.whole: PackedLinear | RowwiseLinear
         self.rows = rows
         self.in_features, self.out_features = whole.in_features, rows.stop - rows.start
 
@@ -86,16 +147,16 @@ class Part(nn.Module):
     def weight(self) -> Tensor:
         """Its rows of the weight, or of the stored codes."""
         whole = self.whole
-        return (whole.stored() if isinstance(whole, RowwiseLinear) else whole.weight)[self.rows]
+        return (whole.weight if isinstance(whole, PackedLinear) else whole.stored())[self.rows]
 
     @property
     def bias(self) -> Tensor | None:
-        bias: Tensor | None = self.whole.bias
+        bias: Any = self.whole.bias
         return None if bias is None else bias[self.rows]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
-        if isinstance(self.whole, RowwiseLinear):
+        if not isinstance(self.whole, PackedLinear):
             destination[f"{prefix}weight_scale"] = self.whole.weight_scale.detach()[self.rows]
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias.detach()
@@ -186,8 +247,44 @@ def weight_bytes(model: nn.Module) -> int:
     total = _parameter_bytes(model)
     wholes = {id(one.whole): one.whole for one in model.modules() if isinstance(one, Part)}
     total += sum(_parameter_bytes(whole) for whole in wholes.values())
-    packed = [one for one in (*model.modules(), *wholes.values()) if isinstance(one, PackedLinear)]
+    packed = [
+        one for one in (*model.modules(), *wholes.values()) if isinstance(one, PackedLinear | DynamicLinear)
+    ]
     return total + sum(one.nbytes for one in packed)
+
+
+def dynamic(model: nn.Module) -> int:
+    """Let a model's INT8 and INT4 layers, and a head of its own, take 8-bit activations; how many layers do.
+
+    In place, each layer freed before the next. INT4 codes are INT8 codes with the same scale, at twice the size.
+    """
+    count = 0
+    parts: dict[int, list[Part]] = {}
+    for module in model.modules():
+        if isinstance(module, Part) and isinstance(module.whole, RowwiseLinear):
+            parts.setdefault(id(module.whole), []).append(module)
+    for some in parts.values():
+        whole = _dynamic(some[0].whole)
+        for part in some:
+            part.__dict__["whole"] = whole
+        count += 1
+    for path, module in list(model.named_modules()):
+        if type(module) is RowwiseLinear and module.weight.device.type == "cpu":
+            model.set_submodule(path, _dynamic(module).train(module.training))
+            count += 1
+    holder: Any = model
+    head: Any = holder.get_output_embeddings() if hasattr(holder, "get_output_embeddings") else None
+    own = type(head) is nn.Linear and head.weight is not holder.get_input_embeddings().weight
+    if own and head.weight.device.type == "cpu":
+        codes, scale = quantize_weight(head.weight, 8)
+        holder.set_output_embeddings(DynamicLinear(codes, scale, head.bias).train(head.training))
+        count += 1
+    return count
+
+
+def _dynamic(layer: Any) -> DynamicLinear:
+    codes = layer.stored() if layer.bits == 8 else unpack_int4(layer.stored())
+    return DynamicLinear(codes, layer.weight_scale, layer.bias)
 
 
 def _parameter_bytes(module: nn.Module) -> int:
@@ -208,3 +305,19 @@ def works(dtype: torch.dtype) -> bool:
         return False
     exact = (x.double() @ weight.double().t() + bias.double()).to(dtype)
     return torch.equal(back, weight) and torch.allclose(out.double(), exact.double(), rtol=2**-7, atol=0)
+
+
+@lru_cache(maxsize=1)
+def dynamic_works() -> bool:
+    """Whether torch's oneDNN product of 8-bit numbers is right here and gives the codes back."""
+    codes = (torch.arange(48 * 32) * 7919 % 255 - 127).to(torch.int8).view(48, 32)
+    x = (torch.arange(3 * 32) * 104729 % 255 - 127).view(3, 32).float()
+    x[:, 0] = 127  # so that every row's scale is 1
+    scale = torch.arange(1, 49) / 64
+    try:
+        made = DynamicLinear(codes, scale, None)
+        out, back = made(x), made.stored()
+    except (AttributeError, RuntimeError, NotImplementedError):  # private functions of torch
+        return False
+    exact = (x.double() @ codes.double().t()) * scale.double()
+    return torch.equal(back, codes) and torch.allclose(out.double(), exact, rtol=1e-6, atol=0)

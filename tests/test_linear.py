@@ -108,6 +108,43 @@ def test_what_this_processor_lacks_is_computed_as_always(monkeypatch):
     torch.testing.assert_close(linear.join(model, "ab")(x), right)
 
 
+# --- 8-bit activations
+
+needs_dynamic = pytest.mark.skipif(not linear.dynamic_works(), reason="torch has no 8-bit product here")
+
+
+@needs_dynamic
+@pytest.mark.parametrize("dtype", linear.DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_eight_bit_activations_lose_half_a_level_of_the_rows_largest_value(dtype, bits):
+    plain = layer(torch.float32, rows=48, columns=64)
+    codes = RowwiseLinear.from_linear(plain, bits)
+    made = nn.ModuleDict({"one": copy.deepcopy(codes)})
+    assert linear.dynamic(made) == 1
+    x = torch.randn(2, 5, 64) * torch.tensor([1e-4, 1.0, 30.0, 1e4, 0.0])[:, None]
+    out = made["one"](x.to(dtype))
+    assert out.dtype == dtype
+    weight = codes.dequantized().double()
+    exact = x.to(dtype).double() @ weight.t() + plain.bias.double()
+    # Each of 64 products is off by at most half a level of the activation.
+    bound = x.abs().amax(-1, keepdim=True) / 127 * 0.501 * weight.abs().sum(1) + exact.abs() * 2**-7
+    assert bool(((out.double() - exact).abs() <= bound + 1e-9).all())
+    torch.testing.assert_close(
+        out[:, 4].float(), plain.bias.to(dtype).float().expand(2, -1)
+    )  # a row of zeros
+
+
+@needs_dynamic
+def test_codes_survive_eight_bit_activations():
+    codes = RowwiseLinear.from_linear(layer(rows=48, columns=64), 8)
+    made = nn.ModuleDict({"one": copy.deepcopy(codes)})
+    linear.dynamic(made)
+    assert torch.equal(made["one"].stored(), codes.stored())
+    assert torch.equal(made.state_dict()["one.weight"], codes.stored())
+    assert torch.equal(made.state_dict()["one.weight_scale"], codes.weight_scale.float())
+    assert linear.weight_bytes(made) == 48 * 64 + 48 * 4 + 48 * 4
+
+
 # --- the lean forward
 
 SIZES = {
@@ -142,6 +179,23 @@ def made(kind: str, **more):
 
         quantization.quantize(built, int(kind[3:]))
     return built
+
+
+@needs_dynamic
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_model_with_eight_bit_activations_says_nearly_what_it_said(kind):
+    model = made(kind)
+    fast = lean(copy.deepcopy(model))
+    layers = linear.dynamic(fast.model)
+    assert layers == 3 * 4 + 1  # qkv, output, gate and up, down of each layer, and the head
+    fast = lean(fast.model)
+    ids, mask, positions = columns(4, 12, 0, 0)
+    with torch.inference_mode():
+        right = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        found = fast(ids, mask, KVCache(3), positions, 12)
+        again = fast.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    assert (found - right).square().mean().sqrt() < 0.05 * right.std()
+    torch.testing.assert_close(found, again, rtol=0, atol=0.05 * float(right.std()))
 
 
 def columns(rows: int, n: int, cached: int, padding: int):

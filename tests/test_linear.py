@@ -210,9 +210,11 @@ def columns(rows: int, n: int, cached: int, padding: int):
     return ids, mask[:, None], (real.cumsum(1) - 1).clamp_min(0)[:, cached:]
 
 
+@pytest.mark.parametrize("most", [0, 1 << 24])
 @pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["glm", "glm4", "stretched", "lora", "int8", "int4"])
-def test_the_lean_forward_gives_the_models_own_logits_at_every_step(kind, heads):
+def test_the_lean_forward_gives_the_models_own_logits_at_every_step(kind, heads, most, monkeypatch):
+    monkeypatch.setattr("glm_core.models.lean.MOST_MASK", most)
     model = made(kind, num_key_value_heads=heads)
     fast = lean(copy.deepcopy(model))
     assert fast is not None

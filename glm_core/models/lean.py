@@ -19,6 +19,8 @@ from transformers import Glm4ForCausalLM, GlmForCausalLM
 from .. import linear
 
 HIDDEN = float("-inf")
+# A mask is repeated for the query heads that share keys up to so many numbers; beyond, the keys are repeated instead.
+MOST_MASK = 1 << 24
 
 
 @dataclass
@@ -63,7 +65,8 @@ class LeanDecoder:
         shared = heads // groups
         x = self.model.model.embed_tokens(ids)
         cos, sin = self._rotary(x, positions)
-        seen = self._mask(mask, shared, x.dtype)
+        folded = n == 1 or mask.numel() * shared <= MOST_MASK
+        seen = self._mask(mask, shared if folded else 1, x.dtype)
         for number, layer in enumerate(self.layers):
             h = self._norm(layer.before, x)
             if layer.qkv is not None:
@@ -77,11 +80,14 @@ class LeanDecoder:
                 qkv[:, :, heads + groups :].transpose(1, 2),
                 number,
             )
-            # The query heads that share keys stand behind each other, as more columns of one head.
-            query = qkv[:, :, :heads].transpose(1, 2).reshape(rows, groups, shared * n, size)
+            query = qkv[:, :, :heads].transpose(1, 2)
+            if folded:  # the query heads that share keys stand behind each other, as more columns of one head
+                query = query.reshape(rows, groups, shared * n, size)
+            else:
+                keys, values = (one.repeat_interleave(shared, 1) for one in (keys, values))
             mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
             mixed = layer.output(
-                mixed.view(rows, heads, n, size).transpose(1, 2).reshape(rows, n, heads * size)
+                mixed.reshape(rows, heads, n, size).transpose(1, 2).reshape(rows, n, heads * size)
             )
             x = x + (mixed if layer.after is None else self._norm(layer.after, mixed))
             gate, up = layer.gate_up(self._norm(layer.between, x)).chunk(2, -1)

@@ -564,3 +564,25 @@ def test_a_database_of_an_earlier_version_gets_the_new_column(tmp_path):
     store.add_rows(job.id, [["x"], ["y"]])
     store.save_results(job.id, [Result(0, "ok", "a", details="{}"), Result(1, "ok", "b")])
     assert [result.details for _, _, result in store.iter_results(job.id)] == ["{}", ""]
+
+
+def test_what_an_earlier_version_kept_of_a_classified_row_is_read(tmp_path):
+    path = tmp_path / "old.db"
+    store = JobStore(path)
+    made = {}
+    for kind in ("classify", "batch"):
+        made[kind] = store.create(kind, "a", {}).id
+        store.add_rows(made[kind], [["x"], ["y"]])
+        store.save_results(made[kind], [Result(0, "ok", "a"), Result(1, "failed", error="{no answer}")])
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("UPDATE result SET error = '{\"values\": [1]}' WHERE idx = 0")
+        db.execute("ALTER TABLE result DROP COLUMN details")
+        db.commit()
+    store = JobStore(path)
+    found = {
+        kind: [(r.details, r.error) for _, _, r in store.iter_results(job)] for kind, job in made.items()
+    }
+    assert found == {
+        "classify": [('{"values": [1]}', ""), ("", "{no answer}")],
+        "batch": [("", '{"values": [1]}'), ("", "{no answer}")],
+    }

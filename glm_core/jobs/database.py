@@ -79,6 +79,11 @@ class JobStore:
                     db.execute(statement)
                 if "details" not in {row["name"] for row in db.execute("PRAGMA table_info(result)")}:
                     db.execute("ALTER TABLE result ADD COLUMN details TEXT NOT NULL DEFAULT ''")
+                    # What a classification knows of a row stood in the column of errors before.
+                    db.execute(
+                        "UPDATE result SET details = error, error = '' WHERE status = 'ok' AND error LIKE '{%' "
+                        "AND job_id IN (SELECT id FROM job WHERE kind = 'classify')"
+                    )
         except (OSError, sqlite3.DatabaseError) as error:
             raise GLMError(
                 f"The job database {self.path} cannot be used: {error}.",

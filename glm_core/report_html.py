@@ -1,16 +1,19 @@
-"""A comparison of runs as one HTML file: no script, no font, no picture from elsewhere, so it opens offline."""
+"""A run, or a comparison of runs, as one HTML file: no script, font or picture from elsewhere, so it opens offline."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence, Set
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from . import evaluate
 from .compare import Comparison, MetricRow
+from .evaluate import views
 from .statistics import Interval
 
 if TYPE_CHECKING:
+    from .evaluate import PerRow, Run, Scores
     from .jobs import JobStore
 
 SHOWN = 50  # rows of a kind of flip
@@ -33,6 +36,13 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 td.t { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 9rem; }
 .muted, small { color: var(--muted); } tr.main td { font-weight: 600; } svg { display: block; width: 100%; height: auto; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
+.head { display: flex; flex-wrap: wrap; align-items: baseline; gap: .2rem 1rem; margin: 1rem 0 0; }
+.head b { font-size: 3.2rem; line-height: 1.1; font-variant-numeric: tabular-nums; } .head span { font-size: 1.15rem; }
+tr.pale td { color: var(--muted); } del, ins { text-decoration: none; border-radius: .2rem; padding: 0 .1rem; }
+del { background: #e11d483d; } ins { background: #05966942; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .8rem 1rem; font-size: .82rem; }
+tr.main td.t { font-weight: 400; } .wide + .wide { margin-top: 1rem; }
+td.diagonal { background: #05966926; }
 """
 
 
@@ -45,6 +55,10 @@ def comparison_page(store: JobStore, comparisons: Sequence[Comparison]) -> str:
         parts += _comparison(store, one)
     formulas = {row.metric: row.formula for one in comparisons for row in one.metrics}
     parts.append("<h2>What the numbers are</h2>" + _table(("metric", "formula"), list(formulas.items())))
+    return _page(title, parts)
+
+
+def _page(title: str, parts: Iterable[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
@@ -206,6 +220,7 @@ def _table(
     right: Sequence[int] = (),
     texts: Sequence[int] = (),
     main: int | None = None,
+    pale: Set[int] = frozenset(),
 ) -> str:
     def cell(tag: str, place: int, text: str) -> str:
         style = ' class="n"' if place in right else ' class="t"' if place in texts and tag == "td" else ""
@@ -213,7 +228,263 @@ def _table(
 
     head = "".join(cell("th", i, text) for i, text in enumerate(heads))
     body = "".join(
-        f"<tr{' class=main' if number == main else ''}>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>"
+        f"<tr{' class=main' if number == main else ' class=pale' if number in pale else ''}>{''.join(cell('td', i, text) for i, text in enumerate(row))}</tr>"
         for number, row in enumerate(rows)
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+# ---- one run
+
+WORST = 30  # rows in the report of a run
+MOST_SLICES = 20
+MOST_COLUMNS = 6  # of the file, by which the report is cut
+ACCENT, MEAN = "#6366f1", "#d97706"
+MOST_LABELS = 20
+COUNTS = (
+    ("n_empty", "blank predictions, which score 0 and count"),
+    ("n_no_answer", "without a label, option or number, which are wrong"),
+    ("n_failed", "failed, not counted"),
+    ("n_left", "not answered yet"),
+    ("n_no_reference", "without a reference, not counted"),
+    ("n_truncated", "asked with a shortened prompt"),
+)
+
+
+def run_page(store: JobStore, run_id: str) -> str:
+    """The page of one run: headline, metrics with formulas, spread, labels, slices, worst rows and how it was made."""
+    run, scores = evaluate.run_of(store, run_id), evaluate.scores(store, run_id)
+    table = evaluate.per_row(store, run_id)
+    title = f"Evaluation: {run.title}"
+    return _page(title, [f"<h1>{escape(title)}</h1>", *_run(store, run, scores, table)])
+
+
+def _run(store: JobStore, run: Run, scores: Scores, table: PerRow) -> Iterable[str]:
+    task = run.task
+    manifest = evaluate.manifest(store, run.id)
+    told = manifest["task"]
+    asked = [task.input_name, task.kind] if run.imported else [
+        str(told.get("checkpoint", "")) + (f" + {told['base']}" if told.get("base") else ""),
+        task.precision.upper(), task.input_name, task.kind, task.method,
+        f"{task.few_shot}-shot" if task.few_shot else "",
+        f"step {run.step:,}" if run.step is not None else "",
+    ]  # fmt: skip
+    tags = "".join(f" [{escape(one)}]" for one in run.tags)
+    yield f'<p class="muted">{escape(" · ".join(filter(None, asked)))}{tags}<br><small>{escape(run.id)}</small></p>'
+    yield _headline(scores)
+    counted = [f"{scores.n:,} of {scores.rows:,} rows count"]
+    counted += [f"{getattr(scores, name):,} {what}" for name, what in COUNTS if getattr(scores, name)]
+    yield f"<p>{escape('; '.join(counted))}</p>"
+    for note in (*run.job.warnings, *scores.notes):
+        yield f"<p>{escape(note)}</p>"
+    yield "<h2>Scores</h2>" + _table(
+        ("metric", "score", "95 % interval", "what it is"),
+        [(name, *_scored(one, scores, name), scores.formulas[name]) for name, one in scores.values.items()],
+        right=(1, 2), texts=(3,), main=list(scores.values).index(scores.main),
+    )  # fmt: skip
+    without = {one.reason for one in scores.values.values() if one.low is None and one.reason}
+    yield "".join(f"<small>– {escape(reason)}</small> " for reason in sorted(without))
+    if scores.hidden:
+        yield f'<p class="muted">ROUGE, BLEU: {escape(next(iter(scores.hidden.values())))}</p>'
+    for data_set, checkpoint, values in evaluate.published(task):
+        rows = [
+            (name, _scored(scores.values[name], scores, name)[0], f"{value:.2f}")
+            for name, value in values.items()
+            if name in scores.values
+        ]
+        yield (
+            f"<h2>Published for {escape(data_set)}: {escape(checkpoint)}</h2>"
+            + _table(("metric", "this run", "published"), rows, right=(1, 2))
+            + f"<small>Comparable only where {escape(task.input_name)} is the test file of {escape(data_set)}.</small>"
+        )
+    if scores.kind == "text":
+        yield _spread(scores, table)
+    elif scores.labels:
+        yield _labels(scores.labels)
+    yield from _slices(store, run, scores, table)
+    yield _worst(store, run, scores, table)
+    yield (
+        "<h2>How it was made</h2><details><summary>All settings</summary><pre>"
+        + escape(json.dumps(manifest, ensure_ascii=False, indent=1))
+        + "</pre></details>"
+    )
+
+
+def _factor(scores: Scores, metric: str) -> float:
+    """What a score of a run is multiplied by to be shown."""
+    return 1.0 if metric in RATIOS or scores.kind == "text" else 100.0
+
+
+def _scored(one: Interval, scores: Scores, metric: str) -> tuple[str, str]:
+    """(score, interval) as they are shown."""
+    factor, unit = _factor(scores, metric), "" if scores.kind == "text" or metric in RATIOS else " %"
+    digits = 3 if metric in RATIOS else 2
+    if one.estimate is None:
+        return "–", one.reason
+    value = f"{one.estimate * factor:.{digits}f}{unit}"
+    if one.low is None or one.high is None:
+        return value, "–"
+    return value, f"{one.low * factor:.{digits}f} to {one.high * factor:.{digits}f}{unit}"
+
+
+def _headline(scores: Scores) -> str:
+    one = scores.headline
+    value, between = _scored(one, scores, scores.main)
+    text = (
+        f'<p class="head"><span>{escape(scores.main)}</span><b>{escape(value)}</b>'
+        f"<span>95 % interval: {escape(between if one.low is not None else one.reason or between)}</span><span>n = {scores.n:,}</span></p>"
+    )
+    if one.estimate is None:
+        return text
+    factor = 100.0 / scores.unit
+    middle = one.estimate * factor
+    low, high = ((middle if edge is None else edge * factor) for edge in (one.low, one.high))
+    return text + (
+        '<svg viewBox="0 0 1000 44" role="img" aria-label="The score and its interval from 0 to 100">'
+        '<rect x="0" y="8" width="1000" height="12" rx="6" fill="#8883"/>'
+        f'<rect x="{low * 10:.1f}" y="8" width="{max((high - low) * 10, 4):.1f}" height="12" rx="6" fill="{ACCENT}" opacity="0.5"/>'
+        f'<rect x="{middle * 10 - 2.5:.1f}" y="3" width="5" height="22" rx="2" fill="{ACCENT}"/>'
+        '<text x="0" y="40" font-size="15" fill="currentColor">0</text>'
+        '<text x="1000" y="40" font-size="15" text-anchor="end" fill="currentColor">100</text></svg>'
+    )
+
+
+def _spread(scores: Scores, table: PerRow) -> str:
+    """How many rows got which score of the main metric, as bars."""
+    bins = views.histogram(table.measure(scores.main))
+    most = max(1, *(one.n for one in bins))
+    left, width, top, height = 60.0, 900.0, 24.0, 200.0
+    step = width / len(bins)
+    parts = [
+        f'<svg viewBox="0 0 {left + width + 20:.0f} {top + height + 30:.0f}" role="img" '
+        f'aria-label="Rows by {escape(scores.main)}">',
+        f'<line x1="{left}" x2="{left + width}" y1="{top + height}" y2="{top + height}" stroke="#888"/>',
+        f'<text x="{left - 8}" y="{top + 5}" text-anchor="end" font-size="13" fill="currentColor">{most:,}</text>',
+        f'<text x="{left - 8}" y="{top + height}" text-anchor="end" font-size="13" fill="currentColor">0</text>',
+    ]
+    for place, one in enumerate(bins):
+        tall = height * one.n / most
+        parts.append(
+            f'<rect x="{left + place * step + 2:.1f}" y="{top + height - tall:.1f}" width="{step - 4:.1f}" '
+            f'height="{tall:.1f}" rx="2" fill="{ACCENT}"><title>{one.low:g} to {one.high:g}: {one.n:,} rows</title></rect>'
+        )
+    for value in range(0, 101, 20):
+        parts.append(
+            f'<text x="{left + width * value / 100:.1f}" y="{top + height + 20:.0f}" text-anchor="middle" '
+            f'font-size="13" fill="currentColor">{value}</text>'
+        )
+    mean = scores.headline.estimate
+    if mean is not None:
+        x = left + width * mean / 100
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{top + height}" stroke="{MEAN}" stroke-width="2"/>'
+            f'<text x="{x:.1f}" y="{top - 6:.0f}" text-anchor="middle" font-size="13" fill="{MEAN}">mean {mean:.1f}</text>'
+        )
+    return f"<h2>Rows by {escape(scores.main)}</h2>" + "".join([*parts, "</svg>"])
+
+
+def _labels(labels: Mapping[str, Any]) -> str:
+    """What was taken for what, and the scores of every label."""
+    names, table = [str(one) for one in labels["labels"]], labels["confusion"]
+    text = "<h2>Labels</h2>"
+    if len(names) <= MOST_LABELS:
+        heads = "".join(f'<th class="n">{escape(one)}</th>' for one in (*names, "none of them"))
+        rows = "".join(
+            f"<tr><th>{escape(names[i])}</th>"
+            + "".join(
+                f'<td class="n{" diagonal" if i == j else ""}">{count:,}</td>' for j, count in enumerate(row)
+            )
+            + "</tr>"
+            for i, row in enumerate(table)
+        )
+        text += (
+            f'<div class="wide"><table><thead><tr><th>correct \\ answer</th>{heads}</tr></thead>'
+            f"<tbody>{rows}</tbody></table></div>"
+        )
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3f}"
+
+    return text + _table(
+        ("label", "rows", "answered", "precision", "recall", "F1"),
+        [(str(one["label"]), f"{one['support']:,}", f"{one['predicted']:,}", share(one["precision"]),
+          share(one["recall"]), share(one["f1"])) for one in labels["by_label"]],
+        right=(1, 2, 3, 4, 5),
+    )  # fmt: skip
+
+
+def _slices(store: JobStore, run: Run, scores: Scores, table: PerRow) -> Iterable[str]:
+    """The main score by the columns that have a few values each."""
+    task = run.task
+    known = {task.prompt, task.reference, task.prediction, *task.options}
+    names = sorted((one for one in task.columns if one not in known), key=lambda one: one != task.subject)
+    cells, shown = _few_values(store, run, names), 0
+    for name in names:
+        if shown == MOST_COLUMNS:
+            return
+        if name not in cells:
+            continue
+        found = views.slices(table, cells[name], scores.main if scores.kind == "text" else "accuracy")
+        if len(found) < 2:
+            continue
+        shown += 1
+        metric = scores.main if scores.kind == "text" else "accuracy"
+        rows = [(one.value, f"{one.n:,}", *_scored(one.score, scores, metric)) for one in found[:MOST_SLICES]]
+        more = f" The first {MOST_SLICES} of {len(found)}." if len(found) > MOST_SLICES else ""
+        few = " Grey: fewer than 30 rows, which say little." if any(one.few for one in found) else ""
+        yield f"<h2>{escape(metric)} by {escape(name)}</h2>" + _table(
+            (name, "rows", metric, "95 % interval"), rows, right=(1, 2, 3),
+            pale={place for place, one in enumerate(found) if one.few},
+        ) + f"<small>{escape((more + few).strip())}</small>"  # fmt: skip
+
+
+def _few_values(store: JobStore, run: Run, names: Sequence[str]) -> dict[str, list[str]]:
+    """The cells of the columns with at most 60 different values, read in one pass."""
+    at = {name: run.task.columns.index(name) for name in names}
+    cells: dict[str, list[str]] = {name: [] for name in names}
+    kinds: dict[str, set[str]] = {name: set() for name in names}
+    for _, row, _ in store.iter_results(run.id) if names else ():
+        for name in list(cells):
+            cells[name].append(row[at[name]])
+            kinds[name].add(row[at[name]].strip())
+            if len(kinds[name]) > views.MOST_KINDS:
+                del cells[name]
+    return cells
+
+
+def _worst(store: JobStore, run: Run, scores: Scores, table: PerRow) -> str:
+    """The rows with the lowest score, or those that are wrong, with what differs marked."""
+    found = views.places(table, "worst", scores.main)
+    what = "Rows with the lowest score" if scores.kind == "text" else "Wrong rows"
+    if not len(found):
+        return f"<h2>{what}: 0</h2>"
+    lines = []
+    for place in found[:WORST].tolist():
+        one = evaluate.answers_page(store, run.id, place, 1)[0]
+        told, reference = str(one["reasoning"] or one["prediction"]), str(one["reference"])
+        if scores.kind == "text":
+            score = f"{float(table.measure(scores.main)[place]):.1f}"
+            left, right = views.marked(_cut(told), _cut(reference))
+        else:
+            score = str(table.answer[place]) or "–"
+            left, right = [(_cut(told), False)], [(_cut(reference), False)]
+        lines.append(
+            f'<tr><td class="n">{one["number"]:,}</td><td class="n">{escape(score)}</td>'
+            f'<td class="t">{escape(_cut(str(one["question"])))}</td>'
+            f'<td class="t">{_marked(left, "del") or "(blank)"}</td><td class="t">{_marked(right, "ins")}</td></tr>'
+        )
+    head = "".join(
+        f"<th{' class=n' if place < 2 else ''}>{escape(one)}</th>"
+        for place, one in enumerate(
+            ("row", "score" if scores.kind == "text" else "read as", "question", "answer", "reference")
+        )
+    )
+    count = f"{min(WORST, len(found)):,} of {len(found):,}"
+    return (
+        f"<h2>{what}: {count}</h2>"
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    )
+
+
+def _marked(pieces: Sequence[tuple[str, bool]], tag: str) -> str:
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" if other else escape(text) for text, other in pieces)

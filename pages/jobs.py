@@ -15,11 +15,6 @@ if TYPE_CHECKING:
     from glm_core.jobs import Job
 
 OPEN = (*job_panel.MOVING, "paused")
-ICONS = {  # a job's kind is its page
-    "batch": ":material/table_rows:",
-    "classify": ":material/label:",
-    "finetune": ":material/tune:",
-}
 LISTED = 500
 PAGE_JOBS = 15
 
@@ -75,14 +70,11 @@ def card(job: Job, asked: bool) -> None:
     """One job: what, how far, how fast, and its buttons."""
     with st.container(border=True, gap="xsmall", key=f"{'asked' if asked else 'job'}_{job.id}"):
         with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
-            if job.kind in ICONS:
-                page.link(job.kind, (f"**{plain(job.title)}**",) * 2, ICONS[job.kind], job=job.id)
-            else:
+            if not page.link(job.kind, (f"**{plain(job.title)}**",) * 2, job=job.id):  # a job's kind is its page
                 st.markdown(f"**{plain(job.title)}**", width="content")
             job_panel.badges(job)
             st.space("stretch")
-            if job.kind in ICONS:
-                page.link(job.kind, ("Open", "打开"), ":material/open_in_new:", job=job.id)
+            page.link(job.kind, ("Open", "打开"), ":material/open_in_new:", job=job.id)
             # The rows of a classification are paused, retried and deleted as those of a batch.
             job_panel.actions(job, "list")
         if job.kind == "classify":

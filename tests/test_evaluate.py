@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -648,3 +649,132 @@ def test_a_checkpoint_is_scored_from_the_shell_and_not_twice(shell, choices, tin
 def test_a_wrong_command_is_one_line_and_ends_with_1(shell, arguments, said):
     done = shell(*arguments)
     assert done.status == 1 and said in done.err and "Traceback" not in done.err
+
+
+# ---- what a screen and a report show of a run
+
+
+def test_scores_fall_into_bins_and_the_highest_into_the_last():
+    found = evaluate.views.histogram(np.array([0.0, 4.9, 5.0, 99.0, 100.0, np.nan]))
+    assert [one.n for one in found if one.n] == [2, 1, 2]
+    assert (found[0].low, found[0].high, found[-1].high) == (0.0, 5.0, 100.0)
+
+
+def test_the_worst_rows_come_first_and_equal_ones_in_the_order_of_the_file(store, tmp_path):
+    rows = [("甲乙丙丁", "甲乙丙丁"), ("甲乙丙丁", ""), ("春天来了", "春天"), ("夏天很热", "冬天")]
+    file = lines(tmp_path / "p.jsonl", [{"labels": a, "predict": b} for a, b in rows])
+    run = evaluate.import_predictions(store, file)
+    table = evaluate.per_row(store, run.id)
+    assert evaluate.views.places(table, "worst", "rouge-l").tolist()[0] in (1, 3)
+    assert evaluate.views.places(table, "best", "rouge-l").tolist()[0] == 0
+    assert evaluate.views.places(table, "empty", "rouge-l").tolist() == [1]
+    assert evaluate.views.places(table, "file", "rouge-l").tolist() == [0, 1, 2, 3]
+    scores = table.measure("rouge-l")[evaluate.views.places(table, "worst", "rouge-l")]
+    assert (np.diff(scores) >= 0).all()
+    chance = [evaluate.views.places(table, "random", "rouge-l", seed).tolist() for seed in (0, 0, 1)]
+    assert chance[0] == chance[1]
+    assert sorted(chance[0]) == sorted(chance[2]) == [0, 1, 2, 3]
+
+
+def test_wrong_rows_are_the_worst_of_labels_and_the_majority_is_known(store, tmp_path):
+    rows = [("spam", "spam")] * 6 + [("ham", "spam")] * 2 + [("ham", "neither")] * 2
+    file = lines(tmp_path / "p.jsonl", [{"label": a, "predict": b} for a, b in rows])
+    run = evaluate.import_predictions(store, file, kind="label")
+    table = evaluate.per_row(store, run.id)
+    assert evaluate.views.places(table, "worst", "accuracy").tolist() == [6, 7, 8, 9]
+    assert evaluate.views.places(table, "best", "accuracy").tolist() == [0, 1, 2, 3, 4, 5]
+    most = evaluate.views.guess(table)
+    assert (most.answer, most.share, most.n) == ("spam", 0.6, 10)
+
+
+def test_slices_add_up_to_the_whole(store, tmp_path):
+    rows = [{"label": "ab"[i % 2], "predict": "ab"[(i // 5) % 2], "site": f"s{i % 3}"} for i in range(90)]
+    run = evaluate.import_predictions(store, lines(tmp_path / "p.jsonl", rows), kind="label")
+    table = evaluate.per_row(store, run.id)
+    values, how = evaluate.views.grouped(evaluate.column(store, run.id, "site"))
+    found = evaluate.views.slices(table, values, "accuracy")
+    assert how == "value"
+    assert [(one.value, one.n, one.few) for one in found] == [(f"s{i}", 30, False) for i in range(3)]
+    right = sum(one.score.estimate * one.n for one in found)
+    assert right == pytest.approx(int(table.right.sum()))
+    assert all(one.score.low < one.score.estimate < one.score.high for one in found)
+
+
+def test_a_column_of_many_values_is_cut_into_ranges():
+    numbers, how = evaluate.views.grouped([str(i) for i in range(400)])
+    assert how == "number"
+    assert sorted(set(numbers)) == ["0 – 99", "100 – 199", "200 – 299", "300 – 399"]
+    texts, how = evaluate.views.grouped(["x" * (i % 200) for i in range(400)])
+    assert how == "length"
+    assert len(set(texts)) == 4
+    assert evaluate.views.ranges([1.0, 1.0, float("nan"), 1.0]) == ["1", "1", "", "1"]
+
+
+@given(st.text(max_size=60), st.text(max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_marked_texts_are_the_texts(a, b):
+    left, right = evaluate.views.marked(a, b)
+    assert "".join(text for text, _ in left) == a
+    assert "".join(text for text, _ in right) == b
+    equal = ["".join(text for text, other in side if not other) for side in (left, right)]
+    assert equal[0] == equal[1]
+
+
+def test_what_only_one_text_has_is_marked():
+    left, right = evaluate.views.marked("这件大衣很保暖", "这件外套很保暖")
+    assert [text for text, other in left if other] == ["大衣"]
+    assert [text for text, other in right if other] == ["外套"]
+
+
+def test_the_same_rows_are_asked_at_other_precisions(
+    store, choices, tiny_checkpoint, one_thread, monkeypatch
+):
+    from glm_core import checkpoints
+
+    task = evaluate.with_model(evaluate.plan(choices), tiny_checkpoint, precision="fp32", device="cpu")
+    running = Engine(checkpoints.load(tiny_checkpoint, "fp32", "cpu"))
+    monkeypatch.setattr(engine, "host", lambda: FakeHost(running))
+    try:
+        first = finish(store, evaluate.start(store, task))
+        others = evaluate.start_precisions(store, first.id, ("bf16", "int8"), "cpu")
+        assert [one.task.precision for one in others] == ["bf16", "int8"]
+        assert [one.title for one in others] == [f"{first.title} (BF16)", f"{first.title} (INT8)"]
+        assert all(one.job.total == first.job.total for one in others)
+        waiting = evaluate.views.by_precision(first, evaluate.runs(store))
+        assert [name for name, _ in waiting] == ["fp32"]
+        done = finish(store, others[1].job)
+    finally:
+        running.close()
+    found = evaluate.views.by_precision(done, evaluate.runs(store))
+    assert [(name, one.id) for name, one in found] == [("fp32", first.id), ("int8", done.id)]
+
+
+def test_another_checkpoint_is_not_asked_at_other_precisions(store, choices, tiny_checkpoint, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_checkpoint, folder)
+    task = evaluate.with_model(evaluate.plan(choices), folder, precision="fp32", device="cpu")
+    run = evaluate.run_of(store, evaluate.start(store, task).id)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"note": 1}))
+    with pytest.raises(GLMError, match="its files have changed"):
+        evaluate.start_precisions(store, run.id, ("bf16",), "cpu")
+    file = lines(tmp_path / "p.jsonl", [{"labels": "a", "predict": "a"}])
+    with pytest.raises(GLMError, match="made elsewhere"):
+        evaluate.start_precisions(store, evaluate.import_predictions(store, file).id, ("bf16",))
+    assert len(evaluate.runs(store)) == 2
+
+
+def test_a_large_file_of_predictions_is_copied_while_the_run_is_shown(store, tmp_path):
+    file = lines(tmp_path / "p.jsonl", [{"labels": "甲乙", "predict": "甲乙"}] * 30)
+    run = evaluate.import_predictions(store, file, kind="text", wait=False, background=True)
+    end = time.monotonic() + 30
+    while store.get(run.id).state == "preparing" and time.monotonic() < end:
+        time.sleep(0.01)
+    assert finish(store, store.get(run.id)).scores.n == 30
+
+
+def test_predictions_of_options_are_told_from_the_columns(store, tmp_path):
+    rows = [dict(zip((*HEAD, "prediction"), (*one, "B"), strict=True)) for one in CHOICES]
+    run = evaluate.import_predictions(store, lines(tmp_path / "p.jsonl", rows))
+    assert run.task.kind == "choice"
+    assert run.scores.headline.estimate == pytest.approx(1 / 6)

@@ -1,9 +1,10 @@
 """Evaluation runs: a checkpoint on a labelled file, or predictions made elsewhere, with scores and their intervals.
 
 task.py says what is asked, questions.py how, work.py does it as a durable job, answers.py reads what was said,
-scoring.py counts, registry.py lists what there is.
+scoring.py counts, registry.py lists what there is, views.py prepares what a screen or a report shows of it.
 """
 
+from . import views
 from .registry import (
     Run,
     answers_page,
@@ -17,11 +18,23 @@ from .registry import (
     rerun,
     run_of,
     runs,
+    start_precisions,
     start_steps,
     tag,
 )
 from .scoring import PerRow, Scores, formula, per_row, published, scores
-from .task import KINDS, METHODS, METRICS, EvaluationTask, Kind, Method, guess_kind, plan, with_model
+from .task import (
+    KINDS,
+    METHODS,
+    METRICS,
+    EvaluationTask,
+    Kind,
+    Method,
+    guess_columns,
+    guess_kind,
+    plan,
+    with_model,
+)
 from .work import run, start, start_in_background
 
 __all__ = [
@@ -40,6 +53,7 @@ __all__ = [
     "delete",
     "export",
     "formula",
+    "guess_columns",
     "guess_kind",
     "import_predictions",
     "manifest",
@@ -54,7 +68,9 @@ __all__ = [
     "scores",
     "start",
     "start_in_background",
+    "start_precisions",
     "start_steps",
     "tag",
+    "views",
     "with_model",
 ]

@@ -20,12 +20,14 @@ from . import work
 from .answers import spellings
 from .scoring import Scores, folder_of, known, per_row, update
 from .task import (
+    ANSWERS,
     EXTRA,
     IMPORTED,
     EvaluationTask,
     Kind,
     Left,
     _kind_of,
+    guess_kind,
     known_metrics,
     option_columns,
     rows_of,
@@ -157,23 +159,56 @@ def delete(store: JobStore, run_id: str) -> None:
 def rerun(store: JobStore, run_id: str) -> Run:
     """The same rows asked again by the same checkpoint with the same settings, as a new run."""
     before = run_of(store, run_id)
+    return _again(store, before, before.job.task, before.title, rerun_of=run_id)
+
+
+def start_precisions(
+    store: JobStore, run_id: str, precisions: Sequence[str], device: str = "auto"
+) -> list[Run]:
+    """The rows of a run asked again by the same checkpoint at other precisions, a new run for each.
+
+    GLMError, with no run started, where the checkpoint cannot be loaded so or is another one by now.
+    """
+    before = run_of(store, run_id)
+    task = before.task
+    if before.imported:
+        raise GLMError("The predictions were made elsewhere.", "Choose a run of a checkpoint.")
+    alone = replace(task, group="", step=None)  # no step of the series the run may belong to
+    tasks = [
+        with_model(alone, task.checkpoint, task.base or None, one, device, task.generation)
+        for one in precisions
+    ]
+    if any(one.checkpoint_fingerprint != task.checkpoint_fingerprint for one in tasks):
+        raise GLMError(
+            f"The checkpoint {Path(task.checkpoint).name} is not the one this run was made with; its files have"
+            " changed.",
+            "Put the old files back, or start a new evaluation.",
+        )
+    title = before.title.removesuffix(f" ({task.precision.upper()})")
+    return [_again(store, before, one.to_json(), f"{title} ({one.precision.upper()})") for one in tasks]
+
+
+def _again(store: JobStore, before: Run, task: dict[str, Any], title: str, **names: Any) -> Run:
+    """A new run on the rows of another one."""
     if not before.job.complete:
         raise GLMError("The file was not read to its end.", "Start the evaluation again from the file.")
     if before.imported and before.job.left:
         raise GLMError("Some rows have no prediction.", "Import the file again.")
-    job = store.create(KIND, before.title, before.job.task)
+    job = store.create(KIND, title, task)
     try:
-        store.add_rows(job.id, (cells for _, cells, _ in store.iter_results(run_id)))
+        store.add_rows(job.id, (cells for _, cells, _ in store.iter_results(before.id)))
         for warning in before.job.warnings:
             if warning.startswith("Not asked: "):
                 store.warn(job.id, warning)
         if before.imported:
-            _save(store, job, (one.prediction for _, _, one in store.iter_results(run_id) if one is not None))
+            _save(
+                store, job, (one.prediction for _, _, one in store.iter_results(before.id) if one is not None)
+            )
         store.mark_ready(job.id)
     except BaseException:
         store.mark_unready(job.id, "The rows were not copied to their end.")
         raise
-    made = _rename(store, job.id, rerun_of=run_id, tags=list(before.tags))
+    made = _rename(store, job.id, tags=list(before.tags), **names)
     return _finished(store, made.job) if before.imported else made
 
 
@@ -193,6 +228,7 @@ def import_predictions(
     title: str = "",
     options: ReadOptions | None = None,
     wait: bool = True,
+    background: bool = False,
 ) -> Run:
     """A run of predictions that a file brings along: {"labels", "predict"} lines, or a table with two such columns.
 
@@ -200,6 +236,7 @@ def import_predictions(
     reference, prediction   the columns; default: told from their names
     chosen      the metrics; default: all of the kind
     wait        score them here and now; else the thread that runs jobs does, as it takes seconds per 1,000 long texts
+    background  copy the rows of a large file in a thread of its own; the run is "preparing" meanwhile
     The other columns are kept. GLMError for what cannot be read; a blank prediction counts as an answer that is wrong.
     """
     from ..engine import GenerationSettings
@@ -211,7 +248,8 @@ def import_predictions(
     if kind is None:
         place = have.index(reference)
         given = [row[place].strip() for row in table.preview(2000) if row[place].strip()]
-        kind = _kind_of(given)
+        of_options = guess_kind(have, ()) == "choice" and reference.strip().casefold() in ANSWERS
+        kind = "choice" if of_options else _kind_of(given)
     task = EvaluationTask(
         kind=kind, method="imported", input_name=table.info.name, input_path=str(source.resolve()),
         input_sha256=batch.file_sha256(source), columns=have, prompt="", reference=reference,
@@ -223,7 +261,8 @@ def import_predictions(
         prediction=prediction, read_options=(options or ReadOptions()).to_json(),
     )  # fmt: skip
     job = store.create(KIND, title.strip() or work.title_of(task), task.to_json())
-    try:
+
+    def fill() -> None:
         left = Left()
         place = have.index(prediction)
         told: list[str] = []
@@ -233,17 +272,20 @@ def import_predictions(
                 told.append(row.cells[place])
                 yield row.cells
 
-        if not store.add_rows(job.id, rows()):
-            raise GLMError(f"{task.input_name} has no rows.", "Choose a file with at least one row of data.")
-        for warning in (*table.warnings, *work.left_out(left)):
-            store.warn(job.id, warning)
-        _save(store, job, told)
-        store.mark_ready(job.id)
-    except BaseException as error:
-        store.mark_unready(
-            job.id, str(error) if isinstance(error, GLMError) else "The file was not read to its end."
-        )
-        raise
+        with batch.preparing(store, job):
+            if not store.add_rows(job.id, rows()):
+                raise GLMError(
+                    f"{task.input_name} has no rows.", "Choose a file with at least one row of data."
+                )
+            for warning in (*table.warnings, *work.left_out(left)):
+                store.warn(job.id, warning)
+            _save(store, job, told)
+            store.mark_ready(job.id)
+
+    if background:
+        batch.in_background(job, fill)
+        return run_of(store, job.id)
+    fill()
     return _finished(store, job) if wait else run_of(store, job.id)
 
 

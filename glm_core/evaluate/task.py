@@ -188,6 +188,15 @@ def _named(columns: Sequence[str], names: Sequence[str]) -> str:
     return next((by_name[name] for name in names if name in by_name), "")
 
 
+def guess_columns(columns: Sequence[str], kind: Kind | None = None) -> Columns | None:
+    """Which columns hold the prompt and the correct answer, by their names; None where they say nothing."""
+    found = examples.guess_columns(columns)
+    question, answer = _named(columns, QUESTIONS), _named(columns, ANSWERS)
+    if question and answer and (found is None or (option_columns(columns) and kind in (None, "choice"))):
+        return Columns(question, answer)
+    return found
+
+
 def guess_kind(columns: Sequence[str], rows: Iterable[Sequence[str]], reference: str | None = None) -> Kind:
     """The kind of task a file is, by its columns and some of its rows.
 
@@ -336,10 +345,7 @@ def _columns(
 ) -> Columns:
     have = table.info.columns
     if columns is None:
-        columns = examples.guess_columns(have)
-        question, answer = _named(have, QUESTIONS), _named(have, ANSWERS)
-        if question and answer and (columns is None or (option_columns(have) and kind in (None, "choice"))):
-            columns = Columns(question, answer)
+        columns = guess_columns(have, kind)
         if prompt or reference:
             plain = Columns(
                 prompt or (columns.prompt if columns else ""),

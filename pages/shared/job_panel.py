@@ -237,10 +237,14 @@ def _act(what: str, job_id: str) -> None:
 
 
 def _delete(job_id: str) -> None:
+    from glm_core import evaluate
     from glm_core.review import Reviews
 
     store = state.job_store()
-    store.delete(job_id)
+    if store.get(job_id).kind == "evaluate":
+        evaluate.delete(store, job_id)
+    else:
+        store.delete(job_id)
     Reviews(store).forget(job_id)
     for file in state.settings().exports.glob(f"{job_id}-*"):
         file.unlink(missing_ok=True)

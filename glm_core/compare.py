@@ -5,9 +5,10 @@ Differences are B - A, so "fixed" is a row that A got wrong and B right. Runs of
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from statistics import NormalDist
@@ -22,17 +23,23 @@ from .evaluate.answers import label_key
 from .evaluate.registry import question_column
 from .evaluate.scoring import NORMAL_ROWS, mean_interval
 from .evaluate.task import EXTRA, differing, same_question
+from .evaluate.work import unstored
 from .statistics import Agreement, Interval, Result
 from .tables.options import excerpt
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .evaluate import EvaluationTask, PerRow, Run
     from .jobs import JobStore
+    from .tables import WriteReport
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Outcome = Literal["better", "not decisive", "same"]
+Place = Literal["best", "shared", "open"]
+FlipName = Literal["fixed", "broken", "both_wrong", "both_right"]
 
 LEVEL = statistics.LEVEL
 ALPHA = 1 - LEVEL
@@ -42,6 +49,7 @@ SEED = 0
 FEWEST = 6  # rows that differ; with fewer no two-sided test reaches 5 %
 EXACT_ROWS = 20_000  # suggested numbers of rows up to which the power of the exact test is summed up
 MOST_ROWS = 100_000_000
+READ_ROWS = 2000  # at a time
 QUESTION_NAMES = {
     "template": "the template",
     "system": "the system text",
@@ -144,6 +152,21 @@ class Comparison(Result):
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Standing(Result):
+    """Which of several runs is best, from the verdicts of every pair of them.
+
+    place    "best": better than each other one; "shared": the same as `equal`, better than the rest; "open": not
+             decided against those in `undecided`, though ahead
+    """
+
+    leader: str
+    title: str
+    place: Place
+    equal: tuple[str, ...]
+    undecided: tuple[str, ...]
+
+
 # ---- which rows
 
 
@@ -183,14 +206,48 @@ def _checked(a: Run, b: Run) -> None:
         )
 
 
+def refusal(a: Run, b: Run) -> GLMError | None:
+    """Why two runs cannot be compared, as far as is known without reading their rows; None where nothing is."""
+    try:
+        _checked(a, b)
+    except GLMError as error:
+        return error
+    return None
+
+
 def _keys(task: EvaluationTask) -> set[str]:
     return {label_key(label) for label in task.labels}
 
 
-def _paired(store: JobStore, a: Run, b: Run) -> _Pair:
+class _Reader:
+    """What is read of the runs, once for all pairs of them."""
+
+    def __init__(self, store: JobStore) -> None:
+        self.store = store
+        self._rows: dict[str, PerRow] = {}
+        self._asked: dict[str, list[tuple[str, str, str]] | None] = {}
+        self._references: dict[str, list[str]] = {}
+
+    def rows(self, run: Run) -> PerRow:
+        if run.id not in self._rows:
+            self._rows[run.id] = evaluate.per_row(self.store, run.id)
+        return self._rows[run.id]
+
+    def asked(self, run: Run) -> list[tuple[str, str, str]] | None:
+        if run.id not in self._asked:
+            self._asked[run.id] = _asked(self.store, run)
+        return self._asked[run.id]
+
+    def references(self, run: Run) -> list[str]:
+        if run.id not in self._references:
+            self._references[run.id] = _references(self.store, run)
+        return self._references[run.id]
+
+
+def _paired(read: _Reader, a: Run, b: Run) -> _Pair:
     """The rows both were scored on; GLMError where they have none in common or belong to different files."""
     _checked(a, b)
-    rows_a, rows_b = evaluate.per_row(store, a.id), evaluate.per_row(store, b.id)
+    rows_a, rows_b = read.rows(a), read.rows(b)
     same_file = all(
         getattr(a.task, name) == getattr(b.task, name)
         for name in ("input_sha256", "reference", "read_options")
@@ -198,7 +255,7 @@ def _paired(store: JobStore, a: Run, b: Run) -> _Pair:
     if same_file:
         keys_a, keys_b = _by_number(rows_a), _by_number(rows_b)
     else:
-        keys_a, keys_b = _other_files(store, a, b, rows_a, rows_b)
+        keys_a, keys_b = _other_files(read, a, b, rows_a, rows_b)
     common = [key for key in keys_a if key in keys_b]
     at_a = np.array([keys_a[key] for key in common], dtype=np.int64)
     at_b = np.array([keys_b[key] for key in common], dtype=np.int64)
@@ -233,14 +290,14 @@ def _by_number(rows: PerRow) -> dict[tuple[int, int], int]:
 
 
 def _other_files(
-    store: JobStore, a: Run, b: Run, rows_a: PerRow, rows_b: PerRow
+    read: _Reader, a: Run, b: Run, rows_a: PerRow, rows_b: PerRow
 ) -> tuple[dict[Any, int], dict[Any, int]]:
     """Places by question and reference where both files have questions, else by number with equal references."""
-    asked_a, asked_b = _asked(store, a), _asked(store, b)
+    asked_a, asked_b = read.asked(a), read.asked(b)
     if asked_a is not None and asked_b is not None:
         return _by_content(asked_a), _by_content(asked_b)
     keys_a, keys_b = _by_number(rows_a), _by_number(rows_b)
-    told_a, told_b = _references(store, a), _references(store, b)
+    told_a, told_b = read.references(a), read.references(b)
     for key in keys_a.keys() & keys_b.keys():
         if told_a[keys_a[key]] != told_b[keys_b[key]]:
             raise GLMError(
@@ -272,13 +329,22 @@ def _asked(store: JobStore, run: Run) -> list[tuple[str, str, str]] | None:
             cells[at["history"]],
             cells[at["reference"]],
         )
-        for _, cells, _ in store.iter_results(run.id)
+        for cells in _cells(store, run.id)
     ]
+
+
+def _cells(store: JobStore, run_id: str) -> Iterator[list[str]]:
+    """The cells of every row in order, without the results: half the time for 100,000 rows."""
+    query = "SELECT cells FROM row WHERE job_id = ?1 AND idx >= ?2 AND idx < ?2 + ?3 ORDER BY idx"
+    begin = 0
+    while page := store.connection().execute(query, (run_id, begin, READ_ROWS)).fetchall():
+        yield from (json.loads(row["cells"]) for row in page)
+        begin += READ_ROWS
 
 
 def _references(store: JobStore, run: Run) -> list[str]:
     at = len(run.task.columns) + EXTRA.index("reference")
-    return [cells[at] for _, cells, _ in store.iter_results(run.id)]
+    return [cells[at] for cells in _cells(store, run.id)]
 
 
 def _by_content(asked: Sequence[tuple[str, str, str]]) -> dict[Any, int]:
@@ -541,7 +607,8 @@ def compare_all(
         found.setdefault(baseline, evaluate.run_of(store, baseline))
     else:
         pairs = list(combinations(ids, 2))
-    paired = [_paired(store, found[a], found[b]) for a, b in pairs]
+    read = _Reader(store)
+    paired = [_paired(read, found[a], found[b]) for a, b in pairs]
     chosen = [_metric(pair, metric) for pair in paired]
     tested = [_tested(pair, name) for pair, name in zip(paired, chosen, strict=True)]
     raised = statistics.holm([one.p_value for one in tested])
@@ -549,6 +616,35 @@ def compare_all(
         _compared(pair, name, one, delta, p, len(pairs))
         for pair, name, one, p in zip(paired, chosen, tested, raised, strict=True)
     ]
+
+
+def standing(comparisons: Sequence[Comparison]) -> Standing:
+    """Who is ahead among the runs of these comparisons, which should be all their pairs, and whether that is certain."""
+    titles = {
+        id_: title for one in comparisons for id_, title in ((one.a, one.title_a), (one.b, one.title_b))
+    }
+    wins: Counter[str] = Counter()
+    ahead: dict[str, float] = dict.fromkeys(titles, 0.0)
+    for one in comparisons:
+        gain = one.verdict.difference or 0.0
+        ahead[one.a] -= gain
+        ahead[one.b] += gain
+        if one.verdict.outcome == "better":
+            wins[one.b if gain > 0 else one.a] += 1
+            wins[one.a if gain > 0 else one.b] -= 1
+    leader = max(titles, key=lambda id_: (wins[id_], ahead[id_]))
+    equal, undecided = [], []
+    for one in comparisons:
+        if leader not in (one.a, one.b):
+            continue
+        other = one.b if leader == one.a else one.a
+        gain = (one.verdict.difference or 0.0) * (1 if leader == one.b else -1)
+        if one.verdict.outcome == "same":
+            equal.append(titles[other])
+        elif one.verdict.outcome == "not decisive" or gain < 0:
+            undecided.append(titles[other])
+    place: Place = "open" if undecided else "shared" if equal else "best"
+    return Standing(leader, titles[leader], place, tuple(equal), tuple(undecided))
 
 
 def _metric(pair: _Pair, metric: str) -> str:
@@ -669,6 +765,13 @@ def _line(name: str, kind: Any, means: Sequence[Interval], tested: Tested) -> Me
     )  # fmt: skip
 
 
+def _numbers(values: npt.NDArray[np.str_], labels: Mapping[str, int]) -> Ints:
+    """The number of each answer's label, that after the last for any other answer."""
+    kinds, which = np.unique(values, return_inverse=True)
+    found = np.array([labels.get(label_key(str(one)), len(labels)) for one in kinds], dtype=np.int64)
+    return np.asarray(found[which])
+
+
 def _of_labels(pair: _Pair) -> list[MetricRow]:
     """The scores of labels that are no mean of rows: paired bootstrap over the table of (truth, A, B)."""
     from .evaluate.scoring import METRICS_OF_TABLE, _percentile, of_tables
@@ -676,7 +779,7 @@ def _of_labels(pair: _Pair) -> list[MetricRow]:
     labels = {label_key(one): i for i, one in enumerate(pair.a.task.labels)}
     size, n = len(labels), len(pair.at_a)
     truth, first, second = (
-        np.array([labels.get(label_key(str(one)), size) for one in values])
+        _numbers(values, labels)
         for values in (
             pair.rows_a.truth[pair.at_a], pair.rows_a.answer[pair.at_a], pair.rows_b.answer[pair.at_b]
         )
@@ -731,3 +834,88 @@ def _of_labels(pair: _Pair) -> list[MetricRow]:
                       interval.high, p if usable else None, different, "paired bootstrap", reason or interval.reason)
         )  # fmt: skip
     return found
+
+
+# ---- rows and files
+
+
+def predictions(store: JobStore, run_id: str) -> dict[int, str]:
+    """The answer to every row that has one, by its idx; of a chain of thought what follows it."""
+    scored = evaluate.run_of(store, run_id).task.method in ("likelihood", "chain")
+    return {
+        idx: unstored(found.prediction)[0] if scored else found.prediction
+        for idx, _, found in store.iter_results(run_id)
+        if found is not None
+    }
+
+
+def other_words(store: JobStore, one: Comparison) -> set[int]:
+    """The idx in A of the common rows that A and B answered in other words, right or wrong."""
+    said_a, said_b = predictions(store, one.a), predictions(store, one.b)
+    return {
+        idx_a
+        for places in one.flips.places.values()
+        for idx_a, idx_b in places.tolist()
+        if said_a.get(idx_a, "").strip() != said_b.get(idx_b, "").strip()
+    }
+
+
+def export(
+    store: JobStore,
+    comparisons: Sequence[Comparison],
+    path: Path,
+    format: Literal["csv", "xlsx", "jsonl", "parquet"] = "csv",
+    guard: bool = True,
+) -> WriteReport:
+    """The rows of A: question, reference, each run's answer and score, and what became of the row in each B.
+
+    comparisons   those of the first one's A are written
+    A row that a run does not share is blank there. GLMError if the file cannot be written.
+    """
+    from . import tables
+
+    first = comparisons[0]
+    kept = [one for one in comparisons if one.a == first.a]
+    runs = {first.a: first.title_a} | {one.b: one.title_b for one in kept}
+    names = _distinct(runs)
+    metric = first.verdict.metric
+    said = {id_: predictions(store, id_) for id_ in runs}
+    rows_of = {id_: evaluate.per_row(store, id_) for id_ in runs}
+    measured = {
+        id_: dict(zip(rows.idx.tolist(), rows.measure(metric).tolist(), strict=True))
+        for id_, rows in rows_of.items()
+    }
+    fate: dict[str, dict[int, tuple[int, str]]] = {
+        one.b: {
+            idx_a: (idx_b, name.replace("_", " "))
+            for name, places in one.flips.places.items()
+            for idx_a, idx_b in places.tolist()
+        }
+        for one in kept
+    }
+    columns = ["row", "question", "reference"]
+    for id_ in runs:
+        columns += [f"answer: {names[id_]}", f"{metric}: {names[id_]}"]
+    columns += [f"{names[id_]} against {names[first.a]}" for id_ in fate]
+    common = sorted(set().union(*fate.values()))
+
+    def rows() -> Iterator[tuple[str | float | None, ...]]:
+        shown: dict[int, dict[str, Any]] = {}
+        for idx in common:
+            if idx not in shown:
+                page = evaluate.answers_page(store, first.a, idx, READ_ROWS)
+                shown = {one["idx"]: one for one in page}
+            own = shown[idx]
+            cells: list[str | float | None] = [own["number"], own["question"], own["reference"]]
+            for id_ in runs:
+                at = idx if id_ == first.a else fate[id_].get(idx, (-1, ""))[0]
+                cells += [said[id_].get(at, ""), measured[id_].get(at, "") if at >= 0 else ""]
+            yield (*cells, *(fate[id_].get(idx, (-1, ""))[1] for id_ in fate))
+
+    return tables.write(path, columns, rows(), format, guard=guard)
+
+
+def _distinct(titles: Mapping[str, str]) -> dict[str, str]:
+    """A name for every run; those of equal titles also say the id."""
+    counts = Counter(titles.values())
+    return {id_: title if counts[title] == 1 else f"{title} ({id_})" for id_, title in titles.items()}

@@ -27,6 +27,7 @@ LAYERS = (
         "finetune",
         "memory",
         "effect",
+        "votes",
     ),
     ("engine", "scoring", "jobs"),
     ("checkpoints", "tables", "metrics", "statistics"),
@@ -74,7 +75,9 @@ def test_imports_point_down():
     assert not wrong
 
 
-@pytest.mark.parametrize("module", ["cli", "batch", "chat", "jobs", "tables", "engine", "minimodel.examples"])
+@pytest.mark.parametrize(
+    "module", ["cli", "batch", "chat", "jobs", "tables", "engine", "minimodel.examples", "server"]
+)
 def test_the_core_runs_without_streamlit_and_starts_light(module):
     code = (
         "import sys; sys.modules['streamlit'] = None; "

@@ -18,7 +18,20 @@ from pages.shared import page, state
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "home": "Home.py",
-    **{key: f"pages/{key}.py" for key in ("chat", "batch", "classify", "jobs", "finetune", "models")},
+    **{
+        key: f"pages/{key}.py"
+        for key in (
+            "chat",
+            "batch",
+            "classify",
+            "jobs",
+            "evaluate",
+            "compare",
+            "memory",
+            "finetune",
+            "models",
+        )
+    },
 }
 
 

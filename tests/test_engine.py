@@ -477,3 +477,58 @@ def test_a_load_that_fails_keeps_no_weights(tiny_checkpoint, monkeypatch):
         host.use(tiny_checkpoint)
     gc.collect()
     assert host.state == "failed" and host.error and seen[0]() is None
+
+
+# ---- log-probabilities
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_noted_scores_are_those_of_the_tokens_in_any_company(engine, sampled):
+    """Each is the log-softmax of the plain forward at its place, before temperature and penalty."""
+    settings = GenerationSettings(max_new_tokens=9)
+    if sampled:
+        settings = GenerationSettings(max_new_tokens=9, temperature=2.0, repetition_penalty=1.3, seed=5)
+    requests = [
+        Request(prompt(engine, text), settings, logprobs=number or None) for number, text in enumerate(TEXTS)
+    ]
+    handles = [engine.submit(request) for request in requests]
+    assert all(handle.wait(60) for handle in handles)
+    assert handles[0].scores == []  # not asked for
+    for number, handle in enumerate(handles[1:], start=1):
+        assert len(handle.scores) == len(handle.ids)
+        ids = [*handle.request.prompt_ids, *handle.ids]
+        with torch.inference_mode():
+            logits = engine.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        steps = logits.log_softmax(-1)[handle.n_prompt - 1 : -1]
+        for step, token, score in zip(steps, handle.ids, handle.scores, strict=True):
+            assert score.logprob == pytest.approx(float(step[token]), abs=1e-4)
+            values, order = step.topk(number)
+            assert [pair[0] for pair in score.likeliest] == order.tolist()
+            assert [pair[1] for pair in score.likeliest] == pytest.approx(values.tolist(), abs=1e-4)
+
+
+def test_scores_survive_a_new_start_after_memory_ran_out(engine, monkeypatch):
+    forward = engine._forward_all
+
+    def limited(cache, ids, *others):
+        if ids.shape[0] > 1 and cache.length > 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(cache, ids, *others)
+
+    settings = GenerationSettings(max_new_tokens=6)
+    monkeypatch.setattr(engine, "_forward_all", limited)
+    handles = [
+        engine.submit(Request(prompt(engine, text), settings, logprobs=1)) for text in ("你好", "1", "a")
+    ]
+    assert all(handle.wait(60) for handle in handles)
+    for handle in handles:
+        assert handle.state == "done"
+        assert len(handle.scores) == len(handle.ids)
+        assert [score.likeliest[0][0] for score in handle.scores] == handle.ids  # greedy
+    assert any(engine_module.AGAIN in handle.notes for handle in handles)
+
+
+def test_more_scores_than_the_limit_are_refused(engine):
+    for wrong in (-1, engine_module.MOST_LIKELIEST + 1):
+        with pytest.raises(GLMError, match=f"logprobs is {wrong}"):
+            engine.submit(Request(prompt(engine, "你好"), logprobs=wrong))

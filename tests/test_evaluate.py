@@ -546,6 +546,14 @@ def test_checkpoints_of_a_training_are_a_series(store, tmp_path, choices, tiny_c
     ]
     with pytest.raises(GLMError, match="no checkpoint of a step"):
         evaluate.start_steps(store, evaluate.plan(choices), tmp_path)
+    # One that was chosen by itself is known by its folder.
+    task = evaluate.with_model(evaluate.plan(choices), training / "checkpoint-100", None, "fp32", "cpu")
+    alone = evaluate.run_of(store, evaluate.start(store, task).id)
+    assert (alone.task.group, alone.step, alone.training) == ("", 100, str(training.resolve()))
+    assert {one.training for one in found} == {alone.training}
+    whole = evaluate.with_model(evaluate.plan(choices), tiny_checkpoint, None, "fp32", "cpu")
+    one = evaluate.run_of(store, evaluate.start(store, whole).id)
+    assert (one.step, one.training) == (None, "")
 
 
 def test_rows_manifest_and_predictions_are_written(store, tmp_path):

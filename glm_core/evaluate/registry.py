@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -57,6 +58,9 @@ ASKED = (
 )
 
 
+STEP = re.compile(r"checkpoint-(\d+)")  # the folder of a step in that of its training
+
+
 @dataclass(frozen=True)
 class Run:
     """One evaluation as it stands; `scores` is None until all its present answers are scored."""
@@ -77,8 +81,18 @@ class Run:
 
     @property
     def step(self) -> int | None:
-        """The step of the training that its checkpoint is of."""
-        return self.task.step
+        """The step of the training that its checkpoint is of; by its folder, where it was not run as one of a series."""
+        if self.task.step is not None:
+            return self.task.step
+        found = STEP.fullmatch(Path(self.task.checkpoint).name)
+        return int(found[1]) if found else None
+
+    @property
+    def training(self) -> str:
+        """The folder of the training that its checkpoint is a step of; empty where it is none."""
+        if self.task.group or self.step is None:
+            return self.task.group
+        return str(Path(self.task.checkpoint).parent.resolve())
 
 
 # ---- looking

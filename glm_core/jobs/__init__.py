@@ -45,6 +45,7 @@ KINDS = (
     "classify",
     "finetune",
     "evaluate",
+    "memory",
 )  # every job kind is a module of this package with run(job, store, stop)
 _lock = threading.Lock()
 _stores: dict[Path, JobStore] = {}

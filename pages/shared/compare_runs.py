@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import streamlit as st
@@ -318,7 +318,22 @@ def found(runs: Sequence[Run], metric: str, delta: float) -> Found | None:
         return None
     if work.error is not None:
         raise GLMError(work.error.message, work.error.todo)
-    return Found(tuple(runs), work.pairs, compare.standing(work.pairs), delta)
+    runs, pairs = _shortened(runs, work.pairs)
+    return Found(tuple(runs), pairs, compare.standing(pairs), delta)
+
+
+def _shortened(
+    runs: Sequence[Run], pairs: tuple[Comparison, ...]
+) -> tuple[Sequence[Run], tuple[Comparison, ...]]:
+    """Titles without the file, where all runs are called after the same one."""
+    ends = {f" on {run.task.input_name}" for run in runs}
+    titles = {run.id: run.title.removesuffix(min(ends)) for run in runs}
+    if len(ends) > 1 or len(set(titles.values())) < len(runs) or not all(titles.values()):
+        return runs, pairs
+    return (
+        [replace(run, title=titles[run.id]) for run in runs],
+        tuple(replace(one, title_a=titles[one.a], title_b=titles[one.b]) for one in pairs),
+    )
 
 
 class _Work:

@@ -66,15 +66,15 @@ def training_of(run: Run) -> Path | None:
 
 def _steps(run: Run, scores: Scores, found: list[Run]) -> None:
     panels.section(t("Over the steps of the training", "随训练步数的变化"), "trending_up")
-    group = run.task.group
-    series = evaluate.by_step([one for one in found if group and one.task.group == group and _same(one, run)])
+    folder = training_of(run)
+    group = run.task.group or (str(folder.resolve()) if folder else "")
+    series = evaluate.by_step([one for one in found if group and one.training == group and _same(one, run)])
     done = [(step, one) for step, one in series if one.scores is not None]
     waiting = [one for _, one in series if one.state in job_panel.MOVING]
     if done:
         _trend(run, scores, done)
     if waiting:
         watched([one.id for one in waiting], STEPS)
-    folder = training_of(run)
     if folder is None:
         if not done:
             st.caption(

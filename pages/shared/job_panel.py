@@ -163,6 +163,7 @@ def actions(job: Job, place: str) -> None:
         "batch",
         "classify",
         "evaluate",
+        "memory",
     )  # others count something else, and say themselves what is left
     if job.state in ("queued", "running") and job.stop_request != "cancel":
         if job.stop_request != "pause":

@@ -214,6 +214,24 @@ def test_standing_is_shared_where_two_are_the_same(store, run):
     assert (alone.leader, alone.place) == (runs[0].id, "best")
 
 
+def test_a_file_that_all_titles_name_is_left_out_of_them(run):
+    from glm_core.compare import compare_all
+
+    first, second = run(answered({1})), run(answered({2}))
+    store_of = jobs.store(Settings.read())
+    name = first.task.input_name
+    runs = [replace(first, title=f"a on {name}"), replace(second, title=f"b on {name}")]
+    runs = [replace(one, task=replace(one.task, input_name=name)) for one in runs]
+    pairs = tuple(compare_all(store_of, [one.id for one in runs]))
+    shown, short = compare_runs._shortened(runs, pairs)
+    assert [one.title for one in shown] == ["a", "b"]
+    assert (short[0].title_a, short[0].title_b) == ("a", "b")
+    other = [runs[0], replace(runs[1], task=replace(runs[1].task, input_name="other.csv"))]
+    assert compare_runs._shortened(other, pairs) == (other, pairs)
+    same = [runs[0], replace(runs[1], title=runs[0].title)]
+    assert compare_runs._shortened(same, pairs) == (same, pairs)
+
+
 def test_partly_overlapping_rows_are_compared_and_counted(opened, run):
     a, b = run(answered({1, 2})), run([*answered(range(1, 31), 40), ("extra", "0", "0")])
     app = opened(runs=ids(a, b))

@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Priority = Literal["chat", "batch"]
-DYNAMIC = "int8-dynamic"  # the precision in which activations are rounded to 8 bits as well
 CHAT_QUEUE = 64  # waiting chat requests before a new one is refused
 BATCH_QUEUE = 2048
 CHAT_ROWS = 16
@@ -941,7 +940,7 @@ class Engine:
             use_cache=True,
             # Numbers of columns give whole rows of memory; on a slice of several columns the head is multiplied row by
             # row, with a copy of its weight for each in bf16 (a quarter of the time of scoring labels).
-            logits_to_keep=keep if keep == 1 else torch.arange(n - keep, n, device=ids.device),
+            logits_to_keep=1 if n == 1 else torch.arange(n - keep, n, device=ids.device),
             **where,
         )
         cache.length += n
@@ -1146,10 +1145,11 @@ class Engine:
         self.model.eval()
         found = lean(self.model)
         if self.loaded.device.type == "cpu":
-            if self.loaded.precision == DYNAMIC and linear.dynamic_works():
+            if self.loaded.precision == checkpoints.DYNAMIC:
                 linear.dynamic(self.model)
                 found = lean(self.model)
             linear.pack(self.model)
+            trim()
         return found
 
     def _element_size(self) -> int:

@@ -70,7 +70,9 @@ def card(job: Job, asked: bool) -> None:
     """One job: what, how far, how fast, and its buttons."""
     with st.container(border=True, gap="xsmall", key=f"{'asked' if asked else 'job'}_{job.id}"):
         with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
-            if not page.link(job.kind, (f"**{plain(job.title)}**",) * 2, job=job.id):  # a job's kind is its page
+            if not page.link(
+                job.kind, (f"**{plain(job.title)}**",) * 2, job=job.id
+            ):  # a job's kind is its page
                 st.markdown(f"**{plain(job.title)}**", width="content")
             job_panel.badges(job)
             st.space("stretch")

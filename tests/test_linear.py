@@ -10,6 +10,7 @@ from torch import nn
 
 from glm_core import checkpoints, linear
 from glm_core.engine import KVCache
+from glm_core.errors import GLMError
 from glm_core.models.lean import lean
 from glm_core.quantization import RowwiseLinear
 
@@ -284,3 +285,28 @@ def test_an_engines_model_is_still_the_checkpoint(tiny_checkpoint):
         assert loaded.weight_bytes == size
     finally:
         engine.close()
+
+
+@needs_dynamic
+@pytest.mark.parametrize("stored", ["", "int8", "int4"])
+def test_int8_dynamic_is_a_precision_to_load_in(tiny_checkpoint, tmp_path, stored):
+    from glm_core.engine import Engine, GenerationSettings, Request
+
+    folder = checkpoints.convert(tiny_checkpoint, tmp_path / stored, stored) if stored else tiny_checkpoint
+    loaded = checkpoints.load(folder, "int8-dynamic", "cpu")
+    assert loaded.precision == "int8-dynamic"
+    engine = Engine(loaded)
+    try:
+        kinds = {type(one) for one in loaded.model.modules()}
+        assert linear.DynamicLinear in kinds and RowwiseLinear not in kinds and nn.Linear not in kinds
+        request = Request((5, 6, 7, 8), GenerationSettings(max_new_tokens=4))
+        handle = engine.submit(request)
+        assert handle.wait(60) and handle.state == "done" and len(handle.ids) > 0
+    finally:
+        engine.close()
+
+
+def test_int8_dynamic_is_refused_where_it_cannot_be_computed(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(linear, "dynamic_works", lambda: False)
+    with pytest.raises(GLMError, match="does not run on this processor"):
+        checkpoints.load(tiny_checkpoint, "int8-dynamic", "cpu")

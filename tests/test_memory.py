@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glm_core import checkpoints, cli, evaluate, jobs, memory
+from glm_core import checkpoints, cli, evaluate, jobs, linear, memory
 from glm_core.engine import Engine, GenerationSettings, KVCache, Request
 from glm_core.errors import GLMError
 from glm_core.finetune import preflight
@@ -84,10 +84,27 @@ def test_the_weights_are_those_of_the_loaded_model(tiny_checkpoint, level):
     assert memory.predict(tiny_checkpoint, level).parts["weights"] == loaded.weight_bytes
 
 
+@pytest.mark.skipif(not linear.dynamic_works(), reason="torch has no 8-bit product here")
+@pytest.mark.parametrize("stored", ["", "int8", "int4"])
+def test_the_weights_over_eight_bit_activations_are_those_of_the_engine(tiny_checkpoint, tmp_path, stored):
+    from glm_core.engine import Engine
+
+    folder = checkpoints.convert(tiny_checkpoint, tmp_path / stored, stored) if stored else tiny_checkpoint
+    loaded = checkpoints.load(folder, "int8-dynamic", "cpu")
+    engine = Engine(loaded)
+    try:
+        assert memory.predict(folder, "int8-dynamic").parts["weights"] == loaded.weight_bytes
+    finally:
+        engine.close()
+    with pytest.raises(GLMError, match="is not one that"):
+        memory.predict(folder, "int8-dynamic", device="cuda")
+
+
 def test_a_checkpoint_stored_as_codes_has_the_levels_it_computes_in(tiny_checkpoint, tmp_path):
     stored = checkpoints.convert(tiny_checkpoint, tmp_path / "int4", "int4")
     of = memory.shape(stored)
-    assert memory.levels(of) == ("fp32", "bf16", "fp16")
+    assert memory.levels(of) == ("fp32", "bf16", "fp16", "int8-dynamic")
+    assert memory.levels(of, "cuda") == ("fp32", "bf16", "fp16")
     loaded = checkpoints.load(stored, "bf16", "cpu")
     assert memory.predict(of, "bf16").parts["weights"] == loaded.weight_bytes
     with pytest.raises(GLMError, match="'int8' is not one that int4 can be loaded in"):
@@ -472,7 +489,7 @@ def test_a_level_that_another_beats_in_everything_is_not_among_the_best():
 def test_the_shell_predicts_every_level_without_weights(capsys):
     assert cli.main(["memory", "--model", "chatglm2-6b", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [one["precision"] for one in found["predictions"]] == list(LEVELS)
+    assert [one["precision"] for one in found["predictions"]] == [*LEVELS, "int8-dynamic"]
     assert found["parameters"] == 6_243_584_000
     for one in found["predictions"]:
         assert one["total"] == sum(one["parts"].values()) > one["parts"]["weights"] > 3 << 30

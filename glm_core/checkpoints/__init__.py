@@ -2,7 +2,9 @@
 
 from .inspecting import (
     BYTES,
+    DYNAMIC,
     PRECISIONS,
+    STORED,
     CheckpointInfo,
     Precision,
     find,
@@ -26,7 +28,9 @@ from .saving import convert, convert_to_glm, export, merge, save
 
 __all__ = [
     "BYTES",
+    "DYNAMIC",
     "PRECISIONS",
+    "STORED",
     "CheckpointInfo",
     "LoadReport",
     "LoadedModel",

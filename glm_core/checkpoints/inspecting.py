@@ -16,8 +16,12 @@ from ..weights import Stored, can_list, is_lfs_pointer, listing, read_json, weig
 if TYPE_CHECKING:
     from ..adapters import AdapterInfo
 
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4")
+Precision = Literal["fp32", "bf16", "fp16", "int8", "int4", "int8-dynamic"]
+# What weights are stored and trained over; and what they can be loaded in: INT8 with the activations rounded to 8 bits
+# as well is for computing answers on a processor.
+STORED: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4")
+DYNAMIC: Precision = "int8-dynamic"
+PRECISIONS: tuple[Precision, ...] = (*STORED, DYNAMIC)
 BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
 PREFIX_KEYS = "transformer.prefix_encoder."
 # The layers that INT8/INT4 replaces, in the released spelling and in that of transformers.
@@ -80,6 +84,8 @@ class CheckpointInfo:
     def memory_bytes(self, precision: str) -> int:
         """Bytes of the weights in memory at a precision, without cache and activations."""
         others = self.parameters - self.linear_parameters
+        if precision == DYNAMIC:
+            return int(self.linear_parameters + others * 2)
         if self.bits:
             return int(self.linear_parameters * self.bits / 8 + others * BYTES.get(precision, 2))
         if precision in ("int8", "int4"):

@@ -19,6 +19,7 @@ from .. import devices
 from ..errors import GLMError
 from ..weights import Stored, listing, read_json, tensors, weight_files
 from .inspecting import (
+    DYNAMIC,
     FAMILIES,
     GLM4_VOCABULARY,
     PRECISIONS,
@@ -116,7 +117,8 @@ def load(
     """Load a checkpoint without remote code and without the network.
 
     path        the checkpoint folder; any name. A folder of P-tuning v2 or LoRA weights alone needs `base`
-    precision   "fp32", "bf16", "fp16", "int8", "int4" or "auto"; stored INT8/INT4 weights stay as they are
+    precision   "fp32", "bf16", "fp16", "int8", "int4" or "auto"; stored INT8/INT4 weights stay as they are.
+                "int8-dynamic": INT8 over activations of 8 bits, once an Engine has the model; on a processor only
     device      "cpu", "cuda", "cuda:1", "mps", several such as "cuda:0,cuda:1", or "auto": the GPU if there is one,
                 all GPUs if one has too little memory
     generation  the prompt format where the folder cannot tell which was trained: "chatglm2" or "chatglm3", or for
@@ -142,7 +144,9 @@ def load(
         precision = best_precision(on, names[0])
     if precision not in PRECISIONS:
         raise GLMError(f"Precision {precision!r} is unknown.", f"Choose one of {', '.join(PRECISIONS)}.")
-    if on.bits and precision.startswith("int"):
+    if precision == DYNAMIC:
+        _require_dynamic(names)
+    elif on.bits and precision.startswith("int"):
         # The stored codes stay; this is what is computed with.
         precision = devices.PRECISION_OF[devices.kind(names[0])][0]
     if device == "auto" and num_gpus is None and device_map is None:
@@ -238,6 +242,14 @@ def _with_sizes(info: CheckpointInfo, base: CheckpointInfo) -> CheckpointInfo:
     )  # fmt: skip
 
 
+def _require_dynamic(names: Sequence[str]) -> None:
+    from ..linear import dynamic_works
+
+    if set(names) != {"cpu"} or not dynamic_works():
+        where = "this processor" if set(names) == {"cpu"} else ",".join(names)
+        raise GLMError(f"INT8 with 8-bit activations does not run on {where}.", "Choose the precision int8.")
+
+
 def _base_model(
     info: CheckpointInfo,
     generation: str,
@@ -254,7 +266,7 @@ def _base_model(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
         precision, devices.beside_codes(names[0])
     )
-    bits = info.bits or {"int8": 8, "int4": 4}.get(precision, 0)
+    bits = info.bits or {"int8": 8, "int4": 4, DYNAMIC: 8}.get(precision, 0)
     tokenizer = load_tokenizer(info.path, generation)
     raw = read_config(info.path)
     files, _ = weight_files(info.path)

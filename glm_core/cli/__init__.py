@@ -1,4 +1,4 @@
-"""The shell: python -m glm_core chat | batch | classify | finetune | evaluate | compare | models | doctor, with the calls the pages make.
+"""The shell: python -m glm_core chat | batch | classify | finetune | evaluate | compare | serve | models | doctor, with the calls the pages make.
 
 Answers and tables go to standard output, everything said about them to standard error. Exit status: 0 done,
 1 a problem (one line says what to do), 2 wrong usage, 3 some rows failed, 130 interrupted.
@@ -85,6 +85,14 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .checkpoints import models
 
         return models
+    if name == "memory":
+        from .memory import memory
+
+        return memory
+    if name == "serve":
+        from .serve import serve
+
+        return serve
     from .doctor import doctor
 
     return doctor

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from .. import __version__
 from .output import PROGRAM
 
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+STORED = ("fp32", "bf16", "fp16", "int8", "int4")
+PRECISIONS = (*STORED, "int8-dynamic")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
 FORMATS: dict[str, Literal["csv", "xlsx", "jsonl", "parquet"]] = {
     ".csv": "csv",
@@ -90,10 +91,12 @@ def parser() -> argparse.ArgumentParser:
                 help="the layout: as published (default), or transformers' own glm",
             )  # fmt: skip
         if name != "export":
-            two.add_argument("--precision", choices=PRECISIONS, default="bf16", help="default: bf16")
+            two.add_argument("--precision", choices=STORED, default="bf16", help="default: bf16")
 
     _finetune(commands)
     _evaluate(commands)
+    _memory(commands)
+    _serve(commands)
     one = _command(commands, "doctor", "what is installed, what is missing, how to get it", "")
     one.add_argument("--json", action="store_true", help="for programs")
     return top
@@ -237,6 +240,84 @@ def _evaluate(commands: Any) -> None:
     one.add_argument("--html", type=Path, metavar="FILE", help="write a report that opens offline")
 
 
+def _memory(commands: Any) -> None:
+    one = _command(
+        commands, "memory", "the memory a model takes at every precision, predicted or measured",
+        "A prediction needs no weights: a built-in shape or a folder with a config.json is enough.",
+    )  # fmt: skip
+    one.add_argument(
+        "--model", "--checkpoint", metavar="NAME",
+        help="chatglm-6b, chatglm2-6b, chatglm3-6b, glm-4-9b, a folder or a checkpoint's name; default: the embedded model",
+    )  # fmt: skip
+    one.add_argument("--base", metavar="PATH", help="the checkpoint under an adapter that is measured")
+    one.add_argument("--precision", type=_names, default=(), metavar="A,B", help="default: all")
+    one.add_argument(
+        "--context", type=_counts, default=(), metavar="N,M", help="tokens of a row; default: 2048"
+    )
+    one.add_argument("--batch", type=_counts, default=(), metavar="N,M", help="rows at a time; default: 1")
+    one.add_argument(
+        "--train", choices=("lora", "p-tuning-v2", "freeze", "full"), help="of a training instead of answers"
+    )
+    one.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+                     help="a prediction needs none of it; default: cpu")  # fmt: skip
+    one.add_argument("--card", type=float, metavar="GB", help="say what fits into so much")
+    one.add_argument("--json", action="store_true", help="for programs")
+    one.add_argument(
+        "--measure", action="store_true",
+        help="load it at every level, answer, and say what that took; a durable job that goes on where it was stopped",
+    )  # fmt: skip
+    one.add_argument("--restart", action="store_true", help="measure anew")
+    one.add_argument("--retry-failed", action="store_true", help="measure the failed levels anew")
+
+
+def _serve(commands: Any) -> None:
+    one = _command(
+        commands, "serve", "the model over HTTP",
+        "POST / as in api.py of ChatGLM-6B, the OpenAI protocol under /v1, labels at /v1/classify; see /docs. "
+        "Ctrl-C ends it.",
+    )  # fmt: skip
+    one.add_argument(
+        "--host", default="127.0.0.1", metavar="NAME", help="default: 127.0.0.1, this machine only"
+    )
+    one.add_argument("--port", type=int, default=8000, metavar="N", help="default: 8000; 0 takes a free one")
+    one.add_argument(
+        "--concurrency",
+        type=_positive,
+        default=32,
+        metavar="N",
+        help="answers computed together; default: 32",
+    )
+    one.add_argument(
+        "--queue", type=int, default=64, metavar="N",
+        help="requests that may wait, more are refused with 429; default: 64",
+    )  # fmt: skip
+    one.add_argument(
+        "--max-request-bytes", type=_positive, default=4 << 20, metavar="N", help="default: 4,194,304"
+    )
+    one.add_argument(
+        "--cors", type=_text, action="append", metavar="ORIGIN",
+        help="pages of this origin may ask, such as http://localhost:3000; may repeat; default: none",
+    )  # fmt: skip
+    one.add_argument(
+        "--api-keys", type=_text, nargs="?", const="", metavar="FILE",
+        help="ask for a key whose hash is in this file; without FILE the workspace's api_keys.txt",
+    )  # fmt: skip
+    one.add_argument(
+        "--new-key", type=_text, nargs="?", const="", metavar="NAME",
+        help="make a key, print it once, add its hash to the file, and end",
+    )  # fmt: skip
+    group = one.add_argument_group("model")
+    group.add_argument(
+        "--model", "--checkpoint", metavar="PATH", help="folder or name; default: the embedded model"
+    )
+    group.add_argument("--adapter", metavar="PATH", help="LoRA or P-tuning v2 on top of it")
+    group.add_argument(
+        "--base", metavar="PATH", help="the checkpoint under --model, where that is an adapter"
+    )
+    group.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+
+
 def _classify(commands: Any) -> None:
     one = _command(
         commands, "classify", "one label of a set per row of a table, with its probability",
@@ -328,6 +409,14 @@ def _positive(value: str) -> int:
     if (number := int(value)) < 1:
         raise argparse.ArgumentTypeError("must be 1 or more")
     return number
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(one.strip() for one in value.split(",") if one.strip())
+
+
+def _counts(value: str) -> tuple[int, ...]:
+    return tuple(_positive(one) for one in _names(value))
 
 
 def _delimiter(value: str) -> str:

@@ -198,12 +198,12 @@ def _device(device: str, problems: list[Problem]) -> str:
 
 def _precision(info: CheckpointInfo, plan: Plan, device: str, problems: list[Problem]) -> str:
     """What the base is loaded and computed in."""
-    from ..checkpoints import PRECISIONS
+    from ..checkpoints import STORED
 
     precision = devices.precision_for(device, info.parameters) if plan.precision == "auto" else plan.precision
-    if precision not in PRECISIONS:
+    if precision not in STORED:
         problems.append(
-            Problem("stop", f"Precision {precision!r} is unknown.", f"Choose one of {', '.join(PRECISIONS)}.")
+            Problem("stop", f"No training runs in {precision!r}.", f"Choose one of {', '.join(STORED)}.")
         )
         return "fp32"
     if info.bits and precision.startswith("int"):

@@ -5,7 +5,7 @@ job, quality.py asks labelled rows at every level, published.py has the makers' 
 """
 
 from .measuring import Level, Point, Unfinished, measure
-from .prediction import Prediction, levels, longest_context, predict, table
+from .prediction import Prediction, levels, longest_context, predict, table, usual
 from .published import FIGURES, Published, figures, same_shape
 from .quality import Change, best, changed, place, start_quality
 from .quality import runs as quality_runs
@@ -60,4 +60,5 @@ __all__ = [
     "start",
     "start_quality",
     "table",
+    "usual",
 ]

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import PRECISIONS
+from ..checkpoints import DYNAMIC, PRECISIONS
 from ..engine import FORWARD_SECONDS, FORWARD_TOKENS, KVCache
 from ..errors import GLMError
 from .shapes import Shape, shape
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from ..finetune.methods import Method
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
-CODED = {"int8": 8, "int4": 4}
+CODED = {"int8": 8, "int4": 4, DYNAMIC: 8}
 SCALE_BYTES = 2
+DYNAMIC_BYTES = 4  # a scale
 DEVICES = ("cpu", "cuda", "mps")
 # Tokens per second that the engine's prefill is taken to reach, which decides how many it feeds at once: on a processor
 # what a new engine begins with, on a GPU an A100 with 6 billion weights, more with fewer of them.
@@ -69,9 +70,20 @@ class Prediction:
         return asdict(self) | {"total": self.total, "notes": list(self.notes)}
 
 
-def levels(of: Shape) -> tuple[str, ...]:
+def levels(of: Shape, kind: str = "cpu") -> tuple[str, ...]:
     """The precisions a model can be loaded in: those it computes in where its weights are stored as codes."""
-    return tuple(ELEMENT) if of.bits else tuple(PRECISIONS)
+    found = (*ELEMENT, DYNAMIC) if of.bits else PRECISIONS
+    return tuple(one for one in found if one != DYNAMIC or kind == "cpu")
+
+
+def usual(of: Shape, kind: str = "cpu") -> tuple[str, ...]:
+    """The levels worth a measurement: on a processor without fp16, and without 8-bit activations where it has none."""
+    from ..linear import dynamic_works
+
+    found = levels(of, kind)
+    if kind == "cpu":
+        found = tuple(one for one in found if one != "fp16" and (one != DYNAMIC or dynamic_works()))
+    return found
 
 
 def predict(
@@ -124,13 +136,13 @@ def predict(
 
 
 def _check(of: Shape, precision: str, context: int, batch: int, kind: str) -> None:
-    if precision not in levels(of):
-        raise GLMError(
-            f"Precision {precision!r} is not one that {of.name} can be loaded in.",
-            f"Choose one of {', '.join(levels(of))}.",
-        )
     if kind not in DEVICES:
         raise GLMError(f"The device {kind!r} is unknown.", f"Choose one of {', '.join(DEVICES)}.")
+    if precision not in levels(of, kind):
+        raise GLMError(
+            f"Precision {precision!r} is not one that {of.name} can be loaded in.",
+            f"Choose one of {', '.join(levels(of, kind))}.",
+        )
     if batch < 1 or context < 1:
         raise GLMError(f"{batch} rows of {context} tokens cannot be computed.", "Choose 1 or more of both.")
     if of.context and context > of.context:
@@ -147,7 +159,7 @@ def element_bytes(of: Shape, precision: str) -> int:
 
 def bits_of(of: Shape, precision: str) -> int:
     """Bits of the linear layers' codes, 0 where they are floats."""
-    return of.bits or CODED.get(precision, 0)
+    return 8 if precision == DYNAMIC else of.bits or CODED.get(precision, 0)
 
 
 def weight_bytes(of: Shape, precision: str) -> int:
@@ -155,6 +167,10 @@ def weight_bytes(of: Shape, precision: str) -> int:
     element, bits = element_bytes(of, precision), bits_of(of, precision)
     if not bits:
         return of.parameters * element
+    if precision == DYNAMIC:  # scales in fp32 beside zero points, and a head of its own in codes as well
+        head = 0 if of.tied else of.vocabulary * of.hidden
+        rows = of.rows + (0 if of.tied else of.vocabulary)
+        return of.linear + head + rows * DYNAMIC_BYTES + (of.others - head) * element
     scales = (of.rows + (of.vocabulary if of.coded else 0)) * SCALE_BYTES
     return (of.linear + of.coded) * bits // 8 + scales + (of.others - of.coded) * element
 
@@ -196,22 +212,15 @@ def activation_bytes(of: Shape, precision: str, kind: str, rows: int, fed: int, 
     if bits_of(of, precision):
         # Sums over codes, the same scaled in fp32 and once more with the bias, rounded to the result.
         mlp = max(mlp, before + widest * (e + 8 if of.biased else 2 * e + 4))
-    head = rows * of.vocabulary * (e + (4 if e < 4 else 0)) + head_copies(of, precision, kind, rows)
+    head = rows * of.vocabulary * (e + (4 if e < 4 else 0))
     return max(seen + tokens * max(attention, mlp), head) + scratch_bytes(of, precision, kind)
-
-
-def head_copies(of: Shape, precision: str, kind: str, rows: int) -> int:
-    """Bytes that a head which is the embedding takes on a processor: a copy of its weight for each of several rows."""
-    # Seen with torch 2.13 and bf16 where the column is a slice of the states, as `logits_to_keep=1` makes it.
-    copied = of.tied and of.architecture not in LEAN and kind == "cpu" and element_bytes(of, precision) == 2
-    return rows * of.vocabulary * of.hidden * 2 if copied else 0
 
 
 def scratch_bytes(of: Shape, precision: str, kind: str) -> int:
     """What products need for a moment beside their inputs and results: codes are expanded block by block."""
     from ..quantization import BLOCK_CODES, BLOCK_CODES_ELSEWHERE
 
-    if not bits_of(of, precision):
+    if not bits_of(of, precision) or precision == DYNAMIC:
         return 0
     return BLOCK_CODES.get(kind, BLOCK_CODES_ELSEWHERE) * element_bytes(of, precision)
 
@@ -311,7 +320,9 @@ def table(
     """A prediction for every level, context and batch."""
     of = model if isinstance(model, Shape) else shape(model)
     chosen = precisions or tuple(
-        one for one in levels(of) if not (training and training.kind in ("full", "freeze") and one in CODED)
+        one
+        for one in levels(of, device.partition(":")[0])
+        if not (training and (one == DYNAMIC or (training.kind in ("full", "freeze") and one in CODED)))
     )
     return [
         predict(of, precision, context, batch, training, device, program)

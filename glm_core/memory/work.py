@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import GLMError
 from ..jobs import Job, JobStore, Result, StopSignal
 from .measuring import NEW_TOKENS, Level, Unfinished, measure
-from .prediction import levels
+from .prediction import levels, usual
 from .shapes import shape
 
 KIND = "memory"
@@ -85,12 +85,13 @@ def plan(
     under = checkpoints.base_of(info, base) if info.needs_base else info
     of = shape(under.path)
     device = checkpoints.best_device() if device == "auto" else device
-    usual = [one for one in levels(of) if not (device == "cpu" and one == "fp16")]
+    kind = device.partition(":")[0]
+    possible = levels(of, kind)
     for one in chosen:
-        if one not in levels(of):
+        if one not in possible:
             raise GLMError(
                 f"Precision {one!r} is not one that {of.name} can be loaded in.",
-                f"Choose one of {', '.join(levels(of))}.",
+                f"Choose one of {', '.join(possible)}.",
             )
     lengths = sorted({one for one in (contexts or (128, 1024)) if not of.context or one <= of.context})
     rows = sorted(set(batches or (1, 4)))
@@ -102,7 +103,7 @@ def plan(
     return MemoryTask(
         str(info.path),
         checkpoints.fingerprint(info.path, under.path if info.needs_base else None),
-        tuple(chosen or usual), tuple(lengths), tuple(rows), device, generation or under.generation,
+        tuple(chosen or usual(of, kind)), tuple(lengths), tuple(rows), device, generation or under.generation,
         str(under.path) if info.needs_base else "", versions=tuple(batch.versions().items()),
     )  # fmt: skip
 

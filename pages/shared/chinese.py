@@ -1051,6 +1051,10 @@ SENTENCES: dict[str, str] = {
     "Rehearsing with a tiny model": "正在用微型模型预热",
     "Loading {} in {}": "正在以 {1} 加载 {0}",
     "{}: {} tokens x {}": "{}：{} 词元 × {}",
+    "INT8 with 8-bit activations does not run on {}.": "8 位激活的 INT8 无法在 {} 上运行。",
+    "Choose the precision int8.": "请选择精度 int8。",
+    "No training runs in {}.": "无法以 {} 进行训练。",
+    "logprobs is {}.": "logprobs 为 {}。",
     # --- the pages' own
     "The self-test did not end: {}.": "自检未能完成：{}。",
     "There is no checkpoint in {}, nor up to two folders below it.": "{} 及其下两层文件夹中都没有检查点。",

@@ -41,12 +41,12 @@ def form(draft: dict[str, Any], asked: Asked) -> None:
                 "每个精度都在独立的新进程中加载，回答这些长度的行并计时。关闭浏览器后任务仍会继续。",
             )
         )
-        levels = memory.levels(asked.of)
-        usual = [one for one in levels if one != "fp16"]
         device = pick_device()
+        kind = device.partition(":")[0]
+        levels = memory.levels(asked.of, kind)
         with st.grid(3, min_column_width=220):
             chosen = st.multiselect(
-                t("Levels", "精度"), list(levels), default=usual, format_func=level_name,
+                t("Levels", "精度"), list(levels), default=memory.usual(asked.of, kind), format_func=level_name,
                 key=f"memory_levels_{asked.model}", persist_state="session",
             )  # fmt: skip
             lengths = memory_model.contexts_of(asked.of)

@@ -23,7 +23,8 @@ WORK = ("answer", "lora", "p-tuning-v2", "freeze", "full")
 CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CARDS = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80)
-LEVEL_NAMES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8", "int4": "INT4"}
+LEVEL_NAMES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8", "int4": "INT4",
+               "int8-dynamic": "INT8 dynamic"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,11 @@ class Asked:
 
     @property
     def levels(self) -> tuple[str, ...]:
-        found = memory.levels(self.of)
+        found = memory.levels(self.of, self.device)
         if self.device == "cpu":
             found = tuple(one for one in found if one != "fp16")  # slow or missing there
+        if self.work != "answer":
+            found = tuple(one for one in found if one != "int8-dynamic")
         if self.work in ("full", "freeze"):
             found = tuple(one for one in found if not one.startswith("int"))
         return found

@@ -13,8 +13,9 @@ from pages.shared.text import plain, said, t
 if TYPE_CHECKING:
     from glm_core.checkpoints import CheckpointInfo
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
-COMPUTED = PRECISIONS[:4]  # what weights that are stored as INT8/INT4 can be computed in
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4", "int8-dynamic")
+# What weights that are stored as INT8/INT4 can be computed in.
+COMPUTED = ("auto", "fp32", "bf16", "fp16", "int8-dynamic")
 
 
 def base(adapter: CheckpointInfo, found: Sequence[CheckpointInfo]) -> CheckpointInfo | None:
@@ -79,17 +80,21 @@ def precision(info: CheckpointInfo) -> str:
         "fp16": t("FP16 · half the memory", "FP16 · 内存减半"),
         "int8": t("INT8 · a quarter", "INT8 · 四分之一"),
         "int4": t("INT4 · an eighth", "INT4 · 八分之一"),
+        "int8-dynamic": t("INT8, dynamic · fastest on a processor", "INT8 动态 · 处理器上最快"),
     }
     chosen = st.selectbox(
         t("Computed in", "计算精度") if stored else t("Precision in memory", "内存精度"),
         choices,
-        format_func=lambda one: one.upper() if stored and one != "auto" else details[one],
+        format_func=lambda one: (
+            one.upper() if stored and one not in ("auto", "int8-dynamic") else details[one]
+        ),
         help=t(
             "FP32 gives the reference's numbers exactly; BF16 and FP16 round more. INT8 and INT4 are for the "
-            "linear layers, the rest is BF16; answers change a little. "
+            "linear layers, the rest is BF16; answers change a little. INT8 dynamic rounds what goes into the layers to 8 "
+            "bits as well: for large models without a GPU, and coarser still. "
             "Auto: FP32 for small models, else BF16 (FP16 on GPUs without BF16).",
             "FP32 与参考实现的数值一致；BF16 和 FP16 舍入误差更大。"
-            "INT8 和 INT4 只用于线性层，其余为 BF16，回答会略有不同。"
+            "INT8 和 INT4 只用于线性层，其余为 BF16，回答会略有不同。INT8 动态还把层的输入舍入到 8 位：适合无显卡的大模型，误差更大。"
             "自动：小模型用 FP32，其余用 BF16（不支持 BF16 的显卡用 FP16）。",
         ),
         **state.kept_widget("models.precision", "auto", choices, "index"),

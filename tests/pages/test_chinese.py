@@ -17,7 +17,7 @@ from pages.shared.chinese import SENTENCES, SHAPES, WORDS, fields, translated
 ROOT = Path(__file__).resolve().parents[2]
 ERRORS = {"GLMError", "TableError", "EngineBusy", "JobLost", "_Wrong"}
 # Folders and files of glm_core that are shown by the shell alone.
-TERMINAL_ONLY = {"cli", "doctor.py", "__main__.py"}
+TERMINAL_ONLY = {"cli", "server", "doctor.py", "__main__.py"}
 # Lines of the shell, and a question to the model.
 NEVER_ON_SCREEN = {
     "{}: {}.", "Dev loss {}, of the base {}.", "Measured in {} s; at most {} MB of memory in use.",

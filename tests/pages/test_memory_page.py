@@ -94,7 +94,7 @@ def test_a_published_shape_is_predicted_without_a_file(opened):
     app = opened(model="chatglm2-6b")
     assert not app.exception
     found = bars(app)
-    assert list(found["weights"]) == ["FP32", "BF16", "INT8", "INT4"]
+    assert list(found["weights"]) == ["FP32", "BF16", "INT8", "INT4", "INT8 dynamic"]
     assert found["weights"]["BF16"] == pytest.approx(6_243_584_000 * 2 / 2**30, abs=0.01)
     shown = texts(app)
     assert "6.2 B parameters" in shown and "stays a prediction" in shown

@@ -209,7 +209,9 @@ def blocks(layers: int, *, prefix: str = "model.", device: str = "cpu") -> dict[
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-def test_a_spread_model_answers_as_the_whole_one(tiny_checkpoint, precision):
+def test_a_spread_model_answers_as_the_whole_one(tiny_checkpoint, precision, monkeypatch):
+    # Both on the model's own forward: beside codes it computes in bf16, which the lean one rounds in other places.
+    monkeypatch.setattr("glm_core.models.lean.lean", lambda model: None)
     whole = checkpoints.load(tiny_checkpoint, precision, "cpu")
     spread = checkpoints.load(tiny_checkpoint, precision, device_map=blocks(2))
     assert whole.devices == spread.devices == "cpu" and not whole.device_map

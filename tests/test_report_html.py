@@ -10,7 +10,6 @@ import pytest
 
 from glm_core import evaluate, report_html
 from glm_core.jobs import JobStore
-from tests.browser.serving import CHROMIUM, FLAGS
 
 ROWS = [
     ("类型#裙*颜色#红", "红色的裙子很好看", "红色裙子好看"),
@@ -116,35 +115,3 @@ def test_the_spread_of_a_report_counts_every_scored_row(store, texts):
     bars = [int(n) for n in re.findall(r"<title>[\d.]+ to [\d.]+: (\d+) rows</title>", page)]
     assert len(bars) == 20
     assert sum(bars) == texts.scores.n
-
-
-@pytest.mark.browser
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_report_opens_without_a_network(store, texts, tmp_path, scheme):
-    from playwright.sync_api import sync_playwright
-
-    file = tmp_path / "report.html"
-    file.write_text(report_html.run_page(store, texts.id), encoding="utf-8")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        context = browser.new_context(
-            offline=True, color_scheme=scheme, viewport={"width": 390, "height": 800}
-        )
-        page = context.new_page()
-        asked, told = [], []
-        context.on("request", lambda request: asked.append(request.url))
-        page.on("console", lambda message: told.append(message.text))
-        page.goto(file.as_uri())
-        assert page.locator("h1").inner_text() == "Evaluation: adverts <i>new</i>"
-        assert page.title() == "Evaluation: adverts <i>new</i>"
-        assert page.locator("svg").count() == 2
-        value = page.locator(".head b").inner_text()
-        wide = page.evaluate("document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth")
-        ground = page.evaluate("getComputedStyle(document.documentElement).colorScheme")
-        browser.close()
-    assert value == f"{texts.scores.headline.estimate:.2f}"
-    assert wide <= 0
-    assert "dark" in ground
-    assert [url for url in asked if not url.startswith("file:")] == []
-    assert told == []

@@ -11,8 +11,7 @@ import torch
 from glm_core import checkpoints
 from glm_core.checkpoints import loading, saving
 from glm_core.errors import GLMError
-from tests.pages.conftest import write_lora, write_prefix
-from tests.pages.test_models import whole_with_prefix
+from tests.pages.conftest import write_lora, write_prefix, write_whole_with_prefix
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def base(tiny_checkpoint, tmp_path):
 
 
 def test_a_prefix_in_a_whole_checkpoint_is_converted_with_it(base, tmp_path):
-    source = whole_with_prefix(tmp_path / "whole", base)
+    source = write_whole_with_prefix(tmp_path / "whole", base)
     before = checkpoints.load(source, "bf16", "cpu")
     after = checkpoints.load(checkpoints.convert(source, tmp_path / "copy"), "bf16", "cpu")
     assert after.report.missing == after.report.unused == ()
@@ -31,7 +30,7 @@ def test_a_prefix_in_a_whole_checkpoint_is_converted_with_it(base, tmp_path):
 
 
 def test_what_has_no_place_for_a_prefix_refuses_one(base, tmp_path):
-    source = whole_with_prefix(tmp_path / "whole", base)
+    source = write_whole_with_prefix(tmp_path / "whole", base)
     with pytest.raises(GLMError, match="whole carries a P-tuning v2 prefix, which `glm` has no place for"):
         checkpoints.convert_to_glm(source, tmp_path / "native")
     with pytest.raises(GLMError, match="whole carries a prefix of its own"):

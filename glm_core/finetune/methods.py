@@ -549,6 +549,9 @@ class _Rounded:
     def parameters(self) -> Any:
         return self._model.parameters()
 
+    def modules(self) -> Any:
+        return self._model.modules()
+
     def state_dict(self) -> Mapping[str, Tensor]:
         return _RoundedState(self._model.state_dict(), self._dtype)
 

@@ -69,8 +69,9 @@ def _steps(run: Run, scores: Scores, found: list[Run]) -> None:
     folder = training_of(run)
     group = run.task.group or (str(folder.resolve()) if folder else "")
     series = evaluate.by_step([one for one in found if group and one.training == group and _same(one, run)])
-    done = [(step, one) for step, one in series if one.scores is not None]
     waiting = [one for _, one in series if one.state in job_panel.MOVING]
+    # One whose last rows are scored may still be on its way to its end.
+    done = [(step, one) for step, one in series if one.scores is not None and one not in waiting]
     if done:
         _trend(run, scores, done)
     if waiting:
@@ -136,7 +137,7 @@ def _trend(run: Run, scores: Scores, done: list[tuple[int, Run]]) -> None:
                 " 其区间与最后一步重叠：是否真的更好，请用对比页判断。",
             )
         st.caption(text)
-    links([one for _, one in done])
+    links([one for _, one in done], "step_done")
 
 
 def _start_steps(run_id: str, folder: str) -> None:
@@ -243,15 +244,15 @@ def watched(ids: list[str], key: str) -> None:
     if any(one.state not in job_panel.MOVING for one in runs):
         st.rerun()
     with st.container(key=key):
-        links(runs)
+        links(runs, key)
 
 
-def links(runs: list[Run]) -> None:
-    """Runs as links with their state or score."""
+def links(runs: list[Run], place: str) -> None:
+    """Runs as links with their state or score; `place` keeps the keys of two lists apart."""
     with st.container(gap="xxsmall"):
         for one in runs:
             with st.container(
-                horizontal=True, vertical_alignment="center", gap="xsmall", key=f"series_{one.id}"
+                horizontal=True, vertical_alignment="center", gap="xsmall", key=f"{place}_{one.id}"
             ):
                 page.link("evaluate", (plain(one.title),) * 2, "", run=one.id)
                 if one.scores is None:

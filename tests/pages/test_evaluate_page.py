@@ -450,13 +450,18 @@ def test_a_training_shows_its_steps_and_offers_the_missing_ones(store, model_fol
     assert "(2)" in start.label
     start.click().run()
     assert not app.exception
-    steps = [one for one in evaluate.runs(store) if one.step is not None]
+    steps = [one for one in evaluate.runs(store) if one.task.step is not None]
     assert sorted(one.step for one in steps) == [10, 20]
     for one in steps:
         finished(store, one.id)
     app = opened(run=steps[0].id, view="series")
     assert not app.exception
     assert len(app.get("plotly_chart")) == 1
+    # One whose rows are all scored is still on its way to its end.
+    with store.writing() as db:
+        db.execute("UPDATE job SET state = 'running' WHERE id = ?", (steps[1].id,))
+    assert evaluate.run_of(store, steps[1].id).scores is not None
+    assert not opened(run=steps[0].id, view="series").exception
 
 
 # --- the list of runs

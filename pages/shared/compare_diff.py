@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Sequence
-from difflib import SequenceMatcher
 from functools import lru_cache
 
 import streamlit as st
 
 from glm_core import metrics
+from glm_core.evaluate import views
 from pages.shared.text import t
 
 LONGEST = 4000  # characters of a text that are compared and shown
@@ -77,21 +76,7 @@ def marked(body: str, other: str | None, kind: str) -> str:
 @lru_cache(maxsize=512)
 def _marked(body: str, other: str, kind: str) -> str:
     parts = []
-    for same, words in differences(body, other):
-        shown = html.escape("".join(words))
-        parts.append(shown if same or not shown.strip() else f'<mark class="{kind}">{shown}</mark>')
+    for piece, lacking in views.marked(body, other)[0]:
+        shown = html.escape(piece)
+        parts.append(f'<mark class="{kind}">{shown}</mark>' if lacking and shown.strip() else shown)
     return "".join(parts)
-
-
-def differences(body: str, other: str) -> list[tuple[bool, Sequence[str]]]:
-    """The words of a text in stretches, each with whether the other text has it at this place."""
-    mine, theirs = metrics.segment(body), metrics.segment(other)
-    found: list[tuple[bool, Sequence[str]]] = []
-    at = 0
-    for block in SequenceMatcher(None, mine, theirs, autojunk=False).get_matching_blocks():
-        if block.a > at:
-            found.append((False, mine[at : block.a]))
-        if block.size:
-            found.append((True, mine[block.a : block.a + block.size]))
-        at = block.a + block.size
-    return found

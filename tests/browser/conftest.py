@@ -37,7 +37,7 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
     started.kill()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop must be gone where other tests of the process run theirs
 def chromium() -> Iterator[object]:
     from playwright.sync_api import sync_playwright
 

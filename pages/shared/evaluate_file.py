@@ -74,7 +74,6 @@ def leave_address() -> None:
 
 
 def _offer() -> None:
-    limit = state.settings().max_upload_mb
     with st.container(border=True, key="evaluate_file"):
         panels.section(t("1 · Choose a labelled file", "1 · 选择带参考答案的文件"), "dataset")
         st.caption(
@@ -85,7 +84,9 @@ def _offer() -> None:
                 "question/answer（GSM8K）、prompt/response、messages。",
             )
         )
-        if stored := upload("file", t("JSON, JSONL, CSV or Excel", "JSON、JSONL、CSV 或 Excel"), limit):
+        if stored := table_input.upload(
+            "evaluate_file", t("JSON, JSONL, CSV or Excel", "JSON、JSONL、CSV 或 Excel")
+        ):
             table_input.take(stored)
             st.rerun()
         left, right = st.columns(2, gap="large")
@@ -111,26 +112,6 @@ def resolve(asked: dict[str, str]) -> Path:
     if not found.is_file():
         raise GLMError(f"{found} is a folder.", "Give the path of a file in it.")
     return found
-
-
-def upload(what: str, label: str, limit: int) -> dict[str, str] | None:
-    """A file sent just now, as an address names it; a new key drops the widget's copy of it from memory."""
-    count = f"evaluate.uploads.{what}"
-    sent = st.file_uploader(
-        label,
-        type=table_input.TYPES,
-        max_upload_size=limit,
-        key=f"evaluate_upload_{what}_{state.session(count, 0)}",
-    )
-    if sent is None:
-        return None
-    try:
-        stored = tables.save_upload(sent, sent.name, state.settings().uploads, limit * 1_000_000)
-    except GLMError as error:
-        panels.problem(error)
-        return None
-    state.session_set(count, state.session(count, 0) + 1)
-    return {"table": stored.name, "file": tables.client_name(sent.name)}
 
 
 def _sample(name: str) -> Chosen:

@@ -67,8 +67,8 @@ def _offer() -> None:
             "空白预测也计入，得 0 分。",
         )
     )
-    if stored := evaluate_file.upload(
-        "import", t("TXT, JSONL, CSV or Excel", "TXT、JSONL、CSV 或 Excel"), state.settings().max_upload_mb
+    if stored := table_input.upload(
+        "evaluate_import", t("TXT, JSONL, CSV or Excel", "TXT、JSONL、CSV 或 Excel")
     ):
         state.session_set(KEPT, stored)
         st.rerun()

@@ -13,7 +13,7 @@ import streamlit as st
 from glm_core import evaluate, tables
 from glm_core.errors import GLMError
 from glm_core.tables import ReadOptions
-from pages.shared import evaluate_file, evaluate_words, panels, state
+from pages.shared import evaluate_words, panels, state, table_input
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
@@ -277,12 +277,8 @@ def _shots_file(key: str) -> str:
                 "列须与评测文件相同，例如 C-Eval 或 MMLU 的 dev 文件。展示同一科目的示例。",
             )
         )
-        stored = evaluate_file.upload(
-            "shots",
-            t("JSON, JSONL, CSV or Excel", "JSON、JSONL、CSV 或 Excel"),
-            state.settings().max_upload_mb,
-        )
-        if stored:
+        label = t("JSON, JSONL, CSV or Excel", "JSON、JSONL、CSV 或 Excel")
+        if stored := table_input.upload("evaluate_shots", label):
             state.session_set(kept, stored)
             st.rerun()
     return ""

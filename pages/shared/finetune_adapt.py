@@ -10,7 +10,7 @@ import streamlit as st
 
 from glm_core.errors import GLMError
 from glm_core.finetune.adapt import Adapt
-from pages.shared import finetune_data, panels
+from pages.shared import finetune_data, panels, table_input
 from pages.shared import finetune_form as form
 from pages.shared.text import plain, t
 
@@ -30,7 +30,7 @@ def choose() -> Adapt | None:
         )
         asked = form.value("adapt", {})
         if not asked:
-            if stored := finetune_data.upload("adapt", t("Table with the texts", "含文本的表格")):
+            if stored := table_input.upload("finetune_adapt", t("Table with the texts", "含文本的表格")):
                 form.put("adapt", stored)
                 st.rerun()
             return None

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from glm_core.finetune.examples import Columns, Loaded
 
-TYPES = ["csv", "tsv", "txt", "json", "jsonl", "ndjson", "xlsx", "xls", "parquet"]
 SAMPLES = {
     "comments": (
         "comments/train.csv",
@@ -163,7 +162,9 @@ def _offer() -> None:
                 "messages 或 conversations（多轮），以及 history 列。",
             )
         )
-        if stored := upload("train", t("JSON, JSONL, CSV or Excel", "JSON、JSONL、CSV 或 Excel")):
+        if stored := table_input.upload(
+            "finetune_train", t("JSON, JSONL, CSV or Excel", "JSON、JSONL、CSV 或 Excel")
+        ):
             take(stored)
             st.rerun()
         left, right = st.columns(2, gap="large")
@@ -177,23 +178,6 @@ def _offer() -> None:
                         st.rerun()
         with right:
             table_input.path_box("finetune_path", "~/tables/train.jsonl", resolve, take)
-
-
-def upload(what: str, label: str) -> dict[str, str] | None:
-    """A file sent just now, as an address names it; a new key drops the widget's copy from memory."""
-    limit, count = state.settings().max_upload_mb, f"uploads:{what}"
-    sent = st.file_uploader(
-        label, type=TYPES, max_upload_size=limit, key=f"finetune_upload_{what}_{form.value(count, 0)}"
-    )
-    if sent is None:
-        return None
-    try:
-        stored = tables.save_upload(sent, sent.name, state.settings().uploads, limit * 1_000_000)
-    except GLMError as error:
-        panels.problem(error)
-        return None
-    form.put(count, form.value(count, 0) + 1)
-    return {"table": stored.name, "file": tables.client_name(sent.name)}
 
 
 # --- how it is read -----------------------------------------------------------------------------------------
@@ -340,7 +324,9 @@ def _dev(file: File) -> tuple[File | None, float]:
                     form.put(f"dev:{file.key}", None)
                     st.rerun()
             return dev, 0.0
-    if stored := upload("dev", t("Dev file, with the same columns", "开发集文件（列名相同）")):
+    if stored := table_input.upload(
+        "finetune_dev", t("Dev file, with the same columns", "开发集文件（列名相同）")
+    ):
         form.put(f"dev:{file.key}", stored)
         st.rerun()
     return None, 0.1

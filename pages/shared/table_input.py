@@ -171,30 +171,17 @@ def leave_address() -> None:
 
 def _offer() -> None:
     """Ask for a table: upload, sample or path."""
-    limit = state.settings().max_upload_mb
     with st.container(border=True, key="table_card"):
         panels.section(t("1 · Choose a table", "1 · 选择表格"), "table_rows")
-        number = state.session("table.upload", 0)  # a new key drops the widget's copy of the file from memory
-        sent = st.file_uploader(
-            t("CSV, TSV, Excel, JSON, JSONL or Parquet", "CSV、TSV、Excel、JSON、JSONL 或 Parquet"),
-            type=TYPES,
-            max_upload_size=limit,
-            key=f"table_upload_{number}",
-            help=t(
-                "Encoding, delimiter and sheet are found and can be changed afterwards. Every cell is read as text, "
-                "so 007 stays 007.",
-                "自动识别编码、分隔符和工作表，之后可以修改。所有单元格按文本读取，007 不会变成 7。",
-            ),
+        help_ = t(
+            "Encoding, delimiter and sheet are found and can be changed afterwards. Every cell is read as text, "
+            "so 007 stays 007.",
+            "自动识别编码、分隔符和工作表，之后可以修改。所有单元格按文本读取，007 不会变成 7。",
         )
-        if sent is not None:
-            try:
-                stored = tables.save_upload(sent, sent.name, state.settings().uploads, limit * 1_000_000)
-            except GLMError as error:
-                panels.problem(error)
-            else:
-                state.session_set("table.upload", number + 1)
-                take({"table": stored.name, "file": tables.client_name(sent.name)})
-                st.rerun()
+        label = t("CSV, TSV, Excel, JSON, JSONL or Parquet", "CSV、TSV、Excel、JSON、JSONL 或 Parquet")
+        if stored := upload("table", label, help_):
+            take(stored)
+            st.rerun()
         left, right = st.columns(2, gap="large")
         with left:
             st.markdown(f"**{t('Or try a sample', '或试用示例')}**")
@@ -207,6 +194,27 @@ def _offer() -> None:
                         st.rerun()
         with right:
             path_box("path_form", "~/tables/comments.csv", _resolve, take)
+
+
+def upload(place: str, label: str, help_: str | None = None) -> dict[str, str] | None:
+    """A file sent just now, as an address names it; a new key drops the widget's copy of it from memory.
+
+    place   keeps the keys of several apart
+    """
+    limit, count = state.settings().max_upload_mb, f"uploads.{place}"
+    number = state.session(count, 0)
+    sent = st.file_uploader(
+        label, type=TYPES, max_upload_size=limit, key=f"{place}_upload_{number}", help=help_
+    )
+    if sent is None:
+        return None
+    try:
+        stored = tables.save_upload(sent, sent.name, state.settings().uploads, limit * 1_000_000)
+    except GLMError as error:
+        panels.problem(error)
+        return None
+    state.session_set(count, number + 1)
+    return {"table": stored.name, "file": tables.client_name(sent.name)}
 
 
 def path_box(

@@ -84,7 +84,7 @@ def by_key(elements, start: str):
 
 
 def upload(app, what: str, name: str, data: str):
-    widget = by_key(app.get("file_uploader"), f"evaluate_upload_{what}")
+    widget = by_key(app.get("file_uploader"), f"evaluate_{what}_upload")
     return widget.set_value((name, data.encode(), "text/csv")).run()
 
 

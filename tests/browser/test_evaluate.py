@@ -35,7 +35,9 @@ def import_file(page, path) -> None:
     page.get_by_text("Import predictions", exact=True).click()
     card = page.locator(".st-key-evaluate_import")
     expect(card).to_be_visible(timeout=60_000)
-    card.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(path)
+    # by its label: until the view has changed, the uploader of the one before stands in the card, too
+    box = card.get_by_test_id("stFileUploader").filter(has_text="TXT, JSONL, CSV or Excel")
+    box.get_by_test_id("stFileUploaderDropzoneInput").set_input_files(path)
 
 
 def test_a_file_is_asked_its_dashboard_survives_a_refresh_and_its_report_opens_offline(

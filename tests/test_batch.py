@@ -471,8 +471,10 @@ def test_stopped_run_keeps_what_is_finished_and_resumes_without_repeating(store,
             time.sleep(0.02)
         took.append(time.monotonic())
 
-    threading.Thread(target=later, daemon=True).start()
+    watching = threading.Thread(target=later, daemon=True)
+    watching.start()
     stopped = bench.run(job)
+    watching.join(30)  # resumed sooner, it would see the job running on
     assert stopped.state == state and 20 <= stopped.done < 200 and not bench.engine.queue
     done = [i for i, _, result in store.iter_results(job.id) if result]
     before = len(bench.engine.requests)

@@ -43,10 +43,10 @@ def test_a_spreadsheet_becomes_a_model_that_chats(page, own_server, tmp_path):
     page.goto(f"{own_server.url}/finetune")
     settled(page)
     page.get_by_test_id("stFileUploaderDropzoneInput").first.set_input_files(
-        spreadsheet(tmp_path / "my comments.xlsx", 300)
+        spreadsheet(tmp_path / "my comments.xlsx", 160)
     )
-    expect(metric(page, "Rows to learn from")).to_contain_text("270")
-    expect(page.get_by_label("Steps", exact=True)).to_have_value("102")
+    expect(metric(page, "Rows to learn from")).to_contain_text("144")
+    expect(page.get_by_label("Steps", exact=True)).to_have_value("54")
     expect(page.get_by_label("Rank", exact=True)).to_have_value("8")
     expect(page.locator(".js-plotly-plot").first).to_be_visible()
     expect(badge(page, "ready")).to_be_visible()
@@ -59,7 +59,7 @@ def test_a_spreadsheet_becomes_a_model_that_chats(page, own_server, tmp_path):
     expect(page.locator(".js-plotly-plot .scatterlayer .point").first).to_be_visible(timeout=SLOW_MS)
     page.get_by_role("button", name="Stop").click()
     expect(badge(page, "paused")).to_be_visible(timeout=SLOW_MS)
-    expect(page.get_by_text(re.compile(r"Stopped after step \d+ of 102"))).to_be_visible()
+    expect(page.get_by_text(re.compile(r"Stopped after step \d+ of 54"))).to_be_visible()
     assert list(own_server.workspace.glob("checkpoints/*/checkpoint-*"))
 
     page.goto(own_server.url)  # the training is found again without its address

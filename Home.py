@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from pages.shared import page, panels, state
+from pages.shared import page, panels, remote_engines, state
 from pages.shared.reruns import live
 from pages.shared.text import plain, t
 
@@ -30,15 +30,7 @@ def main() -> None:
         ),
     )
     with corner:
-        st.badge(
-            t("local only", "仅限本机"),
-            icon=":material/lock:",
-            color="green",
-            help=t(
-                "No text, file or statistic leaves this computer; nothing is loaded from the internet.",
-                "文本、文件和统计信息都不会离开本机：无遥测，不从互联网加载任何内容。",
-            ),
-        )
+        where_words_go()
     machine()
     kind, name = state.model_state()
     if kind in ("failed", "empty"):
@@ -54,6 +46,41 @@ def main() -> None:
     panels.rerun_on_model_change()
 
 
+def where_words_go() -> None:
+    """Whether anything leaves this computer, and where to."""
+    engine = state.current_engine()
+    if engine is not None and engine.remote is not None:
+        st.badge(
+            t(f"asks {plain(engine.remote.host)}", f"向 {plain(engine.remote.host)} 提问"),
+            icon=":material/cloud:",
+            color="orange",
+            help=t(
+                "What you ask the model in use is sent to this server; nothing is loaded from the internet.",
+                "向当前模型提问的内容会发往该服务器；不从互联网加载任何内容。",
+            ),
+        )
+    elif remote_engines.known():
+        st.badge(
+            t("local model", "本机模型"),
+            icon=":material/lock:",
+            color="green",
+            help=t(
+                "No text, file or statistic leaves this computer, but for what you ask a remote engine.",
+                "除向远程引擎提问的内容外，文本、文件和统计信息都不会离开本机。",
+            ),
+        )
+    else:
+        st.badge(
+            t("local only", "仅限本机"),
+            icon=":material/lock:",
+            color="green",
+            help=t(
+                "No text, file or statistic leaves this computer; nothing is loaded from the internet.",
+                "文本、文件和统计信息都不会离开本机：无遥测，不从互联网加载任何内容。",
+            ),
+        )
+
+
 @live(run_every=2)
 def machine() -> None:
     """Model, device, memory and jobs in four cards."""
@@ -65,12 +92,8 @@ def machine() -> None:
     with st.grid(4, min_column_width=165):
         if engine is not None and kind == "ready":
             info, status = engine.loaded.info, engine.status()
-            card(
-                t("Model", "模型"),
-                name,
-                f"{info.family} · {panels.format_count(info.parameters)}",
-                "deployed_code",
-            )
+            size = f" · {panels.format_count(info.parameters)}" if info.parameters else ""
+            card(t("Model", "模型"), name, f"{info.family}{size}", "deployed_code")
             card(t("Device", "设备"), panels.device_name(status.device), status.precision.upper(), "memory")
         else:
             en, zh, *_ = panels.STATES[kind]
@@ -151,7 +174,7 @@ def guided_start() -> None:
     )
     number = 0
     for key, done, title, text, query in steps:
-        if page.entry(key) is None:
+        if page.entry(key) is None or (key == "models" and not state.may("load")):
             continue
         number += 1
         icon = ":green[:material/check_circle:]" if done else f":primary[:material/counter_{number}:]"

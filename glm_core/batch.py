@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .errors import GLMError
-from .jobs import Job, JobStore, Result, StopSignal
+from .jobs import Job, JobPaused, JobStore, Result, StopSignal
 
 if TYPE_CHECKING:
     from .engine import Engine, GenerationSettings, Handle
@@ -66,7 +66,15 @@ class BatchTask:
     limit_rows: int | None = None
     generation: str = ""  # prompt format, where it was chosen by hand
     base: str = ""  # folder of the base, where the checkpoint is an adapter alone
+    engine: str = field(default="", metadata={"help": "ray: on a cluster; else on this machine"})
+    address: str = field(
+        default="", metadata={"help": "host:port of the cluster; empty: one of its own, here"}
+    )
+    workers: int = field(default=0, metadata={"help": "0: as many as fit"})
+    cpus_per_worker: float = field(default=0.0, metadata={"help": "0: an equal share"})
     versions: dict[str, str] = field(default_factory=dict)
+    # Where the checkpoint is on a server: its address, model and how it is asked.
+    remote: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The task as a job stores it."""
@@ -292,7 +300,8 @@ def build_prompt(
     return Prompts(tokenizer, template, system, columns, context, max_new_tokens).build(cells)
 
 
-def _prompts(engine: Engine, task: BatchTask) -> Prompts:
+def prompts_of(engine: Engine, task: BatchTask) -> Prompts:
+    """The prompts of a task for a loaded model; GLMError as `Prompts`."""
     new_tokens = task.settings.max_new_tokens
     return Prompts(engine.tokenizer, task.template, task.system, task.columns, engine.context, new_tokens)
 
@@ -319,7 +328,7 @@ def trial(
     """Answer the first five rows now, ahead of running jobs; GLMError where the template does not fit."""
     from .engine import Request
 
-    prompts = _prompts(engine, task)
+    prompts = prompts_of(engine, task)
     built = [prompts.build(cells) for cells in islice(rows, TRIAL_ROWS)]
     started = time.monotonic()
     handles: list[Handle] = []
@@ -469,14 +478,20 @@ class ModelTask(Protocol):
     def base(self) -> str: ...
     @property
     def versions(self) -> dict[str, str]: ...
+    @property
+    def remote(self) -> dict[str, Any]: ...
 
 
 def run(job: Job, store: JobStore, stop: StopSignal) -> None:
     """Answer every row that has no result yet; GLMError if the checkpoint is gone or another one by now."""
     task = BatchTask.from_json(job.task)
+    if task.engine == "ray":
+        from . import cluster
+
+        return cluster.run(job, store, stop)
     with_engine(
         job, store, stop, task,
-        lambda engine: Answering(job, store, stop, task.settings, engine, _prompts(engine, task)).run(),
+        lambda engine: Answering(job, store, stop, task.settings, engine, prompts_of(engine, task)).run(),
     )  # fmt: skip
 
 
@@ -485,7 +500,10 @@ def with_engine(
 ) -> None:
     """Do `work` with the task's model, held for it; GLMError if the checkpoint is gone or another one by now."""
     from . import checkpoints, engine
+    from .remote import is_remote, with_remote
 
+    if is_remote(task.checkpoint):
+        return with_remote(job, store, stop, task, work)
     host = engine.host()
     folder, base = Path(task.checkpoint), Path(task.base) if task.base else None
     for needed in filter(None, (folder, base)):
@@ -505,7 +523,8 @@ def with_engine(
     store.update(job.id, f"Loading {folder.name}")
     while not stop.event.is_set():
         model = host.use(folder, task.precision, task.device, task.generation or None, base)
-        with host.hold(f"the job {job.title}"):
+        # The sentence is shown to whoever wants another model: not what somebody else's table is called.
+        with host.hold(f"the job {job.id if job.user else job.title}"):
             if host.current is model:  # not replaced between the two lines above
                 store.update(job.id, job.message, restart_clock=True)
                 return work(model)
@@ -514,7 +533,7 @@ def with_engine(
 class Stretch:
     """One stretch of a job over rows: reads those without a result, keeps the answers, commits them in time."""
 
-    def __init__(self, job: Job, store: JobStore, stop: StopSignal, prompts: Prompts) -> None:
+    def __init__(self, job: Job, store: JobStore, stop: StopSignal, prompts: Prompts | None) -> None:
         self.job, self.store, self.stop, self.prompts = job, store, stop, prompts
         self.answers: OrderedDict[bytes, Result] = OrderedDict()  # by prompt, for rows that come again
         self.finished: list[Result] = []
@@ -522,11 +541,16 @@ class Stretch:
         self.committed = time.monotonic()
         self.noted: set[str] = set()
 
-    def _window(self) -> Iterator[tuple[int, Prompt]]:
-        """The next rows without a result with their prompts; fewer where the job is to stop."""
+    def _rows(self) -> list[tuple[int, tuple[str, ...]]]:
+        """The next rows without a result."""
         rows = self.store.pending(self.job.id, WINDOW_ROWS, -1 if self.after is None else self.after)
         self.after = rows[-1][0] if len(rows) == WINDOW_ROWS else None
-        for idx, cells in rows:
+        return rows
+
+    def _window(self) -> Iterator[tuple[int, Prompt]]:
+        """The next rows without a result with their prompts; fewer where the job is to stop."""
+        assert self.prompts is not None
+        for idx, cells in self._rows():
             if self.stop.event.is_set():
                 return
             try:
@@ -649,6 +673,9 @@ class Answering(Stretch):
                 continue
             if work.key is not None:
                 del self.by_key[work.key]
+            if isinstance(handle.error, JobPaused):  # not this row's fault: it stays on the work list
+                self._commit(all_of_it=True)
+                raise handle.error
             if handle.state == "cancelled":
                 if stopping or self.stop.event.is_set():
                     continue  # not finished: it stays on the work list
@@ -661,6 +688,11 @@ class Answering(Stretch):
             self.failures = 0 if result.status == "ok" else self.failures + 1
             if self.failures >= FAILURES:
                 self._commit(all_of_it=True)
+                if getattr(self.engine, "remote", None) is not None:
+                    raise JobPaused(
+                        f"{self.failures} rows in a row failed, the last one with: {result.error}",
+                        "See to the server, then resume the job and retry the failed rows.",
+                    )
                 raise GLMError(
                     f"{self.failures} rows in a row failed, the last one with: {result.error}",
                     "Load the model again, then resume the job and retry the failed rows.",
@@ -789,10 +821,13 @@ def with_names(columns: Sequence[str], names: Iterable[str]) -> list[str]:
 
 def manifest(store: JobStore, job_id: str) -> dict[str, Any]:
     """How the answers were made, to be kept with them; without paths and host name."""
+    from . import cluster
+    from .remote import shown
+
     job = store.get(job_id)
-    task = dict(job.task)
+    task = cluster.described(job.task)
     task.pop("input_path", None)
-    task["checkpoint"] = Path(str(task.get("checkpoint", ""))).name
+    task["checkpoint"] = shown(task.get("checkpoint", ""))
     return {
         "job": job.id,
         "state": job.state,
@@ -802,7 +837,7 @@ def manifest(store: JobStore, job_id: str) -> dict[str, Any]:
         "finished": _time(job.finished),
         "active_seconds": round(job.active_seconds, 1),
         "attempts": job.attempt,
-        "warnings": list(job.warnings),
+        "warnings": [cluster.anonymous(text, job.task) for text in job.warnings],
         "versions": versions(),
         "machine": {
             "cpu": _cpu_name(),

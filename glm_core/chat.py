@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -11,11 +12,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from .access.people import DEMO_ANSWER, OPERATOR, Person
 from .errors import GLMError
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ _LIVE: dict[str, Handle] = {}
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS conversation (
     id TEXT PRIMARY KEY, title TEXT NOT NULL, created REAL NOT NULL, updated REAL NOT NULL,
-    system TEXT NOT NULL, settings TEXT NOT NULL, model TEXT NOT NULL
+    system TEXT NOT NULL, settings TEXT NOT NULL, model TEXT NOT NULL, user TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE IF NOT EXISTS turn (
     conversation_id TEXT NOT NULL, n INTEGER NOT NULL, role TEXT NOT NULL, text TEXT NOT NULL,
@@ -100,6 +102,7 @@ class Conversation:
     model: str = ""
     n_turns: int = 0
     snippet: str = ""  # where a search found its text
+    user: str = ""  # whose it is; "" for one made without a login
     turns: tuple[Turn, ...] = ()
 
     @property
@@ -215,12 +218,30 @@ class ConversationStore:
     def __init__(self, path: str | Path, host: EngineHost | None = None) -> None:
         """Open or create the tables; GLMError where the file cannot be used. `host` owns the model."""
         self.path = Path(path)
+        self.person = OPERATOR
         self._given_host = host
         self._local = threading.local()
         with _readable_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._db().executescript(SCHEMA)
+            self._add_user_column()
         self.recover()
+
+    def seen_by(self, person: Person) -> ConversationStore:
+        """The same store as a person sees it: the conversations of others are not there.
+
+        An administrator sees those without an owner besides, and never what another person talked about.
+        """
+        if person == self.person:
+            return self
+        view = copy.copy(self)
+        view.person = person
+        return view
+
+    def _add_user_column(self) -> None:
+        with self._writing() as db:
+            if "user" not in {row[1] for row in db.execute("PRAGMA table_info(conversation)")}:
+                db.execute("ALTER TABLE conversation ADD COLUMN user TEXT NOT NULL DEFAULT ''")
 
     # -- conversations
 
@@ -232,8 +253,9 @@ class ConversationStore:
         made = f"{datetime.fromtimestamp(now):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
         with self._writing() as db:
             db.execute(
-                "INSERT INTO conversation VALUES (?, ?, ?, ?, ?, ?, '')",
-                (made, _title(title), now, now, _clean(system), _settings_json(settings)),
+                "INSERT INTO conversation(id, title, created, updated, system, settings, model, user) "
+                "VALUES (?, ?, ?, ?, ?, ?, '', ?)",
+                (made, _title(title), now, now, _clean(system), _settings_json(settings), self.person.name),
             )
         return self.get(made)
 
@@ -249,7 +271,7 @@ class ConversationStore:
         like = "%" + re.sub(r"([\\%_])", r"\\\1", wanted) + "%"
         match = "text LIKE ? ESCAPE '\\'"
         found = self._listed(
-            f"WHERE title LIKE ? ESCAPE '\\' OR id IN (SELECT conversation_id FROM turn WHERE {match})",
+            f"title LIKE ? ESCAPE '\\' OR id IN (SELECT conversation_id FROM turn WHERE {match})",
             (like, like),
             limit,
         )
@@ -410,6 +432,8 @@ class ConversationStore:
                         title = _title(question)
                 question = question or ""
                 settings = found.settings or default_settings(engine)
+                if self.person.is_visitor:
+                    settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, DEMO_ANSWER))
                 settings.check()
                 plan = budget(
                     engine.tokenizer,
@@ -430,7 +454,7 @@ class ConversationStore:
                     handle_id=handle.id,
                     owner=_owner(),
                     model=model,
-                    prompt_tokens=plan.used,
+                    prompt_tokens=handle.n_prompt,
                     dropped_turns=plan.dropped_turns,
                     created=now,
                 )
@@ -506,6 +530,7 @@ class ConversationStore:
                 "state": ends.get(handle.state, "done") if handle.done else state or "stopped",
                 "text": _clean(handle.text),
                 "tokens": handle.n_tokens,
+                "prompt_tokens": handle.n_prompt,  # of a server known at the end alone
                 "seconds": handle.seconds,
                 "ttft": handle.time_to_first_token,
                 "tokens_per_second": handle.tokens_per_second,
@@ -531,7 +556,7 @@ class ConversationStore:
                 )
                 .fetchall()
             )
-        found = self._listed("WHERE id = ?", (conversation_id,), 1)
+        found = self._listed("id = ?", (conversation_id,), 1)
         if not found:
             raise GLMError(
                 f"There is no conversation {conversation_id!r}.", "It was deleted; start a new one."
@@ -540,12 +565,13 @@ class ConversationStore:
         return Conversation(**_shallow(found[0]) | {"turns": turns, "n_turns": len(turns)})
 
     def _listed(self, where: str, values: tuple[Any, ...], limit: int) -> Conversations:
+        own, names = self._own()
         with _readable_errors(self.path):
             rows = self._db().execute(
                 "SELECT id, title, created, updated, system, settings, model, "
-                "(SELECT COUNT(*) FROM turn WHERE conversation_id = conversation.id) "
-                f"FROM conversation {where} ORDER BY updated DESC, id DESC LIMIT ?",
-                (*values, limit),
+                "(SELECT COUNT(*) FROM turn WHERE conversation_id = conversation.id), user "
+                f"FROM conversation WHERE ({where or 1}) AND {own} ORDER BY updated DESC, id DESC LIMIT ?",
+                (*values, *names, limit),
             )
             return [
                 Conversation(
@@ -557,14 +583,22 @@ class ConversationStore:
                     settings=_settings_from(row[5]),
                     model=row[6],
                     n_turns=row[7],
+                    user=row[8],
                 )
                 for row in rows.fetchall()
             ]
 
+    def _own(self) -> tuple[str, tuple[str, ...]]:
+        """What this person may see, as SQL with its values."""
+        mine = self.person.lists
+        return ("1", ()) if mine is None else (f"user IN ({', '.join('?' * len(mine))})", mine)
+
     def _change(self, conversation_id: str, assignment: str, value: str) -> None:
+        own, names = self._own()
         with self._writing() as db:
             if not db.execute(
-                f"UPDATE conversation SET {assignment} WHERE id = ?", (value, conversation_id)
+                f"UPDATE conversation SET {assignment} WHERE id = ? AND {own}",
+                (value, conversation_id, *names),
             ).rowcount:
                 raise GLMError(
                     f"There is no conversation {conversation_id!r}.", "It was deleted; start a new one."

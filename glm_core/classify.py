@@ -126,7 +126,15 @@ class LabelTask:
     limit_rows: int | None = None
     generation: str = ""  # prompt format, where it was chosen by hand
     base: str = ""  # folder of the base, where the checkpoint is an adapter alone
+    engine: str = field(default="", metadata={"help": "ray: on a cluster; else on this machine"})
+    address: str = field(
+        default="", metadata={"help": "host:port of the cluster; empty: one of its own, here"}
+    )
+    workers: int = field(default=0, metadata={"help": "0: as many as fit"})
+    cpus_per_worker: float = field(default=0.0, metadata={"help": "0: an equal share"})
     versions: dict[str, str] = field(default_factory=dict)
+    # Where the checkpoint is on a server: its address, model, how it is asked, and where probabilities come from.
+    remote: dict[str, Any] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -241,7 +249,9 @@ class Scored:
 
     @property
     def margin(self) -> float:
-        """Probability of the likeliest label less that of the next."""
+        """Probability of the likeliest label less that of the next; 0 where there are none."""
+        if not self.probabilities:
+            return 0.0
         first, second = sorted(self.probabilities, reverse=True)[:2]
         return first - second
 
@@ -256,8 +266,6 @@ class Classifier:
 
     def __init__(self, engine: Engine, task: LabelTask) -> None:
         """GLMError where task and model do not go together."""
-        from .scoring import Scorer
-
         task.check()
         self.engine, self.task = engine, task
         answers = [tuple(engine.tokenizer.answer_ids(label.written)) for label in task.labels]
@@ -273,9 +281,11 @@ class Classifier:
         self.prompts = batch.Prompts(
             engine.tokenizer, question, task.system, task.columns, engine.context, max(map(len, answers)), turns
         )  # fmt: skip
-        self.scorer = Scorer(engine, answers, self.prompts.head)
+        self.scorer = engine.scorer(answers, self.prompts.head)
         self._empty = "".join(self.prompts.template.render([]).split())
         self._shift: tuple[float, ...] | None = None
+        if engine.remote is not None and getattr(self.scorer, "way", "") == "greedy":
+            _refuse_what_needs_probabilities(task)
 
     def prepare(self) -> None:
         """Find what texts that say nothing score, where the task takes that away; once is enough."""
@@ -293,13 +303,16 @@ class Classifier:
         self.prepare()
         prompts = [self.prompts.build(row) for row in rows]
         found = self.scorer.score([prompt.ids for prompt in prompts])
-        if not all(one.usable for one in found):
-            raise GLMError(*_sentences(UNREADABLE))
+        for one in found:
+            if one.error or not one.usable:
+                raise GLMError(*_sentences(one.error or UNREADABLE))
         return [self.read(one, prompt) for one, prompt in zip(found, prompts, strict=True)]
 
     def read(self, scores: Scores, prompt: batch.Prompt) -> Scored:
         """The answer that the scores of a prompt mean."""
         task = self.task
+        if not scores.values:
+            return self._without_numbers(scores, prompt)
         none = (0.0,) * len(task.labels)
         probabilities = _softmax(
             [
@@ -322,7 +335,8 @@ class Classifier:
             reasons.append(ELSEWHERE.format(scores.outside))
         if probabilities[best] < task.abstain_below:
             reasons.append(UNSURE.format(probabilities[best], task.abstain_below))
-        if prompt.truncated:
+        truncated = prompt.truncated or scores.shortened
+        if truncated:
             reasons.append(SHORTENED)
         return Scored(
             label=task.names[best],
@@ -331,10 +345,32 @@ class Classifier:
             outside=scores.outside,
             greedy=None if scores.greedy is None else task.names[scores.greedy],
             reason="".join(f"{reason}. " for reason in reasons).strip(),
-            truncated=prompt.truncated,
+            truncated=truncated,
             seconds=scores.seconds,
-            prompt_tokens=len(prompt.ids),
+            prompt_tokens=0 if self.engine.remote else len(prompt.ids),
         )
+
+    def _without_numbers(self, scores: Scores, prompt: batch.Prompt) -> Scored:
+        """The answer where a server gave no probabilities: the label it wrote."""
+        assert scores.greedy is not None
+        label = self.task.names[scores.greedy]
+        empty = "".join(prompt.text.split()) == self._empty
+        return Scored(label, (), (), 0.0, label, f"{EMPTY}." if empty else "", seconds=scores.seconds)
+
+
+def _refuse_what_needs_probabilities(task: LabelTask) -> None:
+    """GLMError for a task that cannot be done on labels alone."""
+    asked = {
+        "a threshold": task.threshold is not None,
+        "the model's own preference taken out": task.content_free,
+        "a calibration": task.temperature != 1.0 or any(task.bias),
+    }
+    for what, wanted in asked.items():
+        if wanted:
+            raise GLMError(
+                f"This server gives no probabilities, so there cannot be {what}.",
+                "Leave it out, or choose a server that shows log-probabilities.",
+            )
 
 
 def _sentences(text: str) -> tuple[str, str]:
@@ -568,12 +604,16 @@ def _create(store: JobStore, task: LabelTask) -> Job:
 def run(job: Job, store: JobStore, stop: StopSignal) -> None:
     """Label every row that has no result yet; GLMError if the checkpoint is gone or another one by now."""
     task = LabelTask.from_json(job.task)
+    if task.engine == "ray":
+        from . import cluster
+
+        return cluster.run(job, store, stop)
     batch.with_engine(
-        job, store, stop, task, lambda engine: _Run(job, store, stop, Classifier(engine, task)).run()
+        job, store, stop, task, lambda engine: Labelling(job, store, stop, Classifier(engine, task)).run()
     )
 
 
-class _Run(batch.Stretch):
+class Labelling(batch.Stretch):
     """Rows from the store, scored a window at a time, back as results."""
 
     def __init__(self, job: Job, store: JobStore, stop: StopSignal, classifier: Classifier) -> None:
@@ -613,8 +653,8 @@ class _Run(batch.Stretch):
             self._commit()
 
     def _result(self, idx: int, scores: Scores, prompt: batch.Prompt) -> Result:
-        if not scores.usable:
-            return Result(idx, "failed", truncated=prompt.truncated, error=UNREADABLE)
+        if scores.error or not scores.usable:
+            return Result(idx, "failed", truncated=prompt.truncated, error=scores.error or UNREADABLE)
         return to_result(idx, self.classifier.read(scores, prompt))
 
 
@@ -720,6 +760,8 @@ def export(
         if result.status != "ok":
             return ("", *numbers, result.error, result.status, cut)
         one = from_result(result)
+        if not one.probabilities:  # a server that gives none
+            return (one.label, *numbers, one.reason, result.status, cut)
         margin, outside = round(one.margin, DIGITS), round(one.outside, DIGITS)
         shares = (round(share, DIGITS) for share in one.probabilities)
         return (one.label, *shares, margin, outside, one.reason, result.status, cut)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, threads
 from .errors import GLMError
 from .settings import MINI, REPOSITORY, Settings
 
@@ -37,6 +37,7 @@ def report() -> Section:
         "devices": _devices,
         "memory": _memory,
         "kernels": _kernels,
+        "cluster": _cluster,
         "workspace": _workspace,
         "models": _models,
     }
@@ -137,8 +138,7 @@ def _processor(problems: Problems) -> Section:
             known: dict[str, Any] = torch.cpu.get_capabilities()
             flags = {name.replace("avx512_f", "avx512f") for name, there in known.items() if there is True}
     found["features"] = {name: name in flags for name in FEATURES}
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found["threads"] = {"machine": os.cpu_count(), "usable here": usable}
+    found["threads"] = {"machine": os.cpu_count(), "usable here": threads.usable()}
     if torch is not None:
         found["torch uses"] = torch.backends.cpu.get_cpu_capability()
         found["threads"]["torch"] = torch.get_num_threads()
@@ -220,6 +220,16 @@ def _cpm_device() -> tuple[bool, str]:
     if CPM_OLDEST <= able <= CPM_NEWEST:
         return True, f"it loads, and has code for sm_{able[0]}{able[1]}"
     return False, f"it has code for sm_61 to sm_86, not for this device's sm_{able[0]}{able[1]}"
+
+
+def _cluster(problems: Problems) -> Section:
+    from importlib.metadata import version
+
+    from . import cluster
+
+    missing = cluster.problem()
+    state = f"{version('ray')}, for --engine ray" if missing is None else f"not installed; {missing.todo}"
+    return {"ray": f"{state}; optional, everything else works without it"}
 
 
 def _workspace(problems: Problems) -> Section:

@@ -8,12 +8,14 @@ tokens in any company (`Engine.self_test` shows that on the loaded model).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
 import ctypes
 import gc
 import itertools
 import logging
+import os
 import threading
 import time
 import uuid
@@ -33,6 +35,10 @@ if TYPE_CHECKING:
 
     from .checkpoints import LoadedModel
     from .models.lean import LeanDecoder
+    from .remote import Remote
+    from .remote.labels import RemoteScorer
+    from .scoring import Scorer
+    from .threads import Choice
 
 log = logging.getLogger(__name__)
 
@@ -424,10 +430,15 @@ class EngineStatus:
     notes: tuple[str, ...]
     exact: bool | None
     exact_text: str
+    threads_text: str = (
+        ""  # how many threads were chosen, and what was measured; empty where nothing was chosen
+    )
 
 
 class Engine:
     """Generates and scores with one loaded model; safe to call from any thread."""
+
+    remote: Remote | None = None  # the server that answers, where it is not this process
 
     def __init__(self, loaded: LoadedModel, max_rows: int | None = None) -> None:
         self.loaded = loaded
@@ -454,6 +465,7 @@ class Engine:
         self.prefixes = PrefixCache(max(16 << 20, min(loaded.weight_bytes // 10, 1 << 30)))
         self.notes: tuple[str, ...] = loaded.notes
         self.exact: SelfTest | None = None
+        self.threads: Choice | None = None  # what `choose_threads` found
         self._queues: dict[Priority, deque[Handle]] = {"chat": deque(), "batch": deque()}
         self._rows: dict[Priority, Rows] = {"chat": Rows(), "batch": Rows()}
         # What others run on this thread: at once, and when it is the turn of the batch rows.
@@ -518,6 +530,65 @@ class Engine:
 
         return [list(one.values) for one in score(self, prompts, continuations, prefix_length)]
 
+    def scorer(self, answers: Sequence[Sequence[int]], head: Sequence[int] = ()) -> Scorer | RemoteScorer:
+        """What scores the same answers for any number of prompts; `head` as in `scoring.Scorer`."""
+        from .scoring import Scorer
+
+        return Scorer(self, answers, head)
+
+    def choose_threads(self, budget_s: float = 1.0) -> Choice | None:
+        """Compute with as many threads as are fastest for a token of one row and of eight, as measured now.
+
+        None, and nothing changes, for a model that is not on the processor, where an environment variable has chosen,
+        and where there is one processor.
+        """
+        import psutil
+        import torch
+
+        from . import threads
+
+        if self.device.type != "cpu" or self.loaded.device_map:
+            return None
+        if name := threads.asked():
+            if name == "GLM_THREADS":  # torch knows the others
+                number = max(1, int(os.environ[name]))
+                self.later(lambda: torch.set_num_threads(number)).result()
+            return None
+        most = threads.usable()
+        among = threads.candidates(most, psutil.cpu_count(logical=False) or most)
+        if len(among) < 2:
+            return None
+
+        def begin() -> threads.Measurement:
+            now = min(torch.get_num_threads(), most)
+            steps = [self._token_step(rows) for rows in (1, 8)]
+            return threads.Measurement(steps, among, now, torch.set_num_threads, budget_s)
+
+        measured = self.later(begin).result()
+        while not measured.done:  # a request that comes meanwhile waits for one step
+            self.later(measured.trial).result()
+        self.threads = self.later(measured.choose).result()
+        return self.threads
+
+    def _token_step(self, rows: int) -> Callable[[], object]:
+        """A call that feeds one token to each of some rows, as often as wanted, behind a short prompt."""
+        import torch
+
+        from .tokenizers.base import Message
+
+        full = [list(self.tokenizer.chat_ids([Message("user", "1+1=2, 2+2=4")]))] * rows
+        cache, layout = self.empty_cache(rows), self.layouts(full)
+        ids, real, positions = self.left_padded(full, 0)
+        self._forward(cache, ids, positions, real, layout)
+        length, last, where = cache.length, ids[:, -1:], positions[:, -1:] + 1
+        seen = torch.nn.functional.pad(real, (0, 1), value=True)
+
+        def step() -> None:
+            cache.length = length
+            self._forward(cache, last, where, seen, layout)
+
+        return step
+
     def self_test(self, rows: int = 8, tokens: int = 12) -> SelfTest:
         """Generate rows together, padded and from a shared prefix, and alone without any of it; compare the ids."""
         tokenizer = self.tokenizer
@@ -578,6 +649,7 @@ class Engine:
             notes=self.notes,
             exact=self.exact.passed if self.exact else None,
             exact_text=self.exact.text if self.exact else "",
+            threads_text=self.threads.text if self.threads else "",
         )
 
     def wake(self) -> None:
@@ -1325,6 +1397,10 @@ class EngineHost:
 
         The parameters are those of `checkpoints.load`. GLMError while a job holds another model, or when the checkpoint does not load.
         """
+        from .remote import is_remote
+
+        if is_remote(path):
+            return self._use_remote(str(path))
         folder = Path(path).expanduser().resolve()
         with self._lock:
             if self.current is not None and self._serves(folder, precision, device, generation, base):
@@ -1355,8 +1431,23 @@ class EngineHost:
                 raise problem
             self._after = _process_bytes()
             self.current, self.state = engine, "ready"
-        if loaded.weight_bytes < 500 << 20:  # a second at most; larger models are tested on request
-            threading.Thread(target=self._test, args=(engine,), name="glm-self-test", daemon=True).start()
+        threading.Thread(target=self._settle, args=(engine,), name="glm-self-test", daemon=True).start()
+        return engine
+
+    def _use_remote(self, spec: str) -> Engine:
+        """The engine of a server, in the place of a loaded model. GLMError where the server does not answer."""
+        from . import remote
+
+        wanted = remote.find(spec)
+        with self._lock:
+            if self.current is not None and self.current.remote == wanted:
+                return self.current
+            self._refuse_if_held()
+            engine = remote.connect(wanted)  # a server that is not there leaves the model where it is
+            self._unload()
+            self._before = self._after = None
+            self.error = None
+            self.current, self.state = engine, "ready"
         return engine
 
     def unload(self) -> None:
@@ -1437,13 +1528,23 @@ class EngineHost:
         engine, self.current = self.current, None
         if engine is not None:
             engine.close()
-            checkpoints.release(engine.loaded)
+            if engine.remote is None:
+                checkpoints.release(engine.loaded)
             _free_memory()
 
+    def rest(self) -> None:
+        """Let the engine's thread end: one that computes while Python does ends the process with an error."""
+        if self.current is not None:
+            self.current.close()
+
     @staticmethod
-    def _test(engine: Engine) -> None:
-        with contextlib.suppress(GLMError):
-            engine.self_test()
+    def _settle(engine: Engine) -> None:
+        with contextlib.suppress(GLMError):  # unloaded meanwhile
+            engine.choose_threads()
+            if (
+                engine.loaded.weight_bytes < 500 << 20
+            ):  # a second at most; larger models are tested on request
+                engine.self_test()
 
 
 def _process_bytes() -> int:
@@ -1462,4 +1563,5 @@ def host() -> EngineHost:
     with _host_lock:
         if _host is None:
             _host = EngineHost()
+            atexit.register(_host.rest)
         return _host

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import groupwise
+from .groupwise import GroupwiseLinear
 from .quantization import RowwiseLinear, quantize_weight, unpack_int4
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -158,6 +160,9 @@ class Part(nn.Module):
         destination[f"{prefix}weight"] = self.weight
         if not isinstance(self.whole, PackedLinear):
             destination[f"{prefix}weight_scale"] = self.whole.weight_scale.detach()[self.rows]
+        if isinstance(self.whole, GroupwiseLinear):
+            for name, value in self.whole.scales().items():
+                destination[f"{prefix}{name}"] = value[self.rows]
         if self.bias is not None:
             destination[f"{prefix}bias"] = self.bias.detach()
 
@@ -180,6 +185,9 @@ def joined(layers: Sequence[nn.Module]) -> nn.Module | None:
         made.weight = nn.Parameter(weight, False)
         made.bias = None if bias is None else nn.Parameter(bias, False)
         return made.eval()
+    groups = [one for one in layers if type(one) is GroupwiseLinear]
+    if groups and len(groups) == len(layers):
+        return groupwise.joined(groups)
     codes = [one for one in layers if type(one) is RowwiseLinear]
     if (
         len(codes) != len(layers)
@@ -261,7 +269,7 @@ def dynamic(model: nn.Module) -> int:
     count = 0
     parts: dict[int, list[Part]] = {}
     for module in model.modules():
-        if isinstance(module, Part) and isinstance(module.whole, RowwiseLinear):
+        if isinstance(module, Part) and type(module.whole) is RowwiseLinear:
             parts.setdefault(id(module.whole), []).append(module)
     for some in parts.values():
         whole = _dynamic(some[0].whole)

@@ -175,10 +175,11 @@ def answers(store: JobStore, job_id: str) -> Answers:
     answer: list[int] = []
     reasons: list[str] = []
     known: dict[str, str] = {}  # each reason once in memory
+    nothing = (float("nan"),) * width  # of a server that gives labels alone
     for one in rows:
         idx.append(one.idx)
-        scores.append(one.scores)
-        probability.append(one.probabilities)
+        scores.append(one.scores or nothing)
+        probability.append(one.probabilities or nothing)
         outside.append(one.outside)
         answer.append(one.answer)
         reasons.append(known.setdefault(one.reason, one.reason))
@@ -237,6 +238,7 @@ class Reviews:
 
     def undo(self, job_id: str, reviewer: str) -> Entry | None:
         """Withdraw the last standing entry of a person and return it; None where there is none."""
+        self.store.require(job_id)
         query = f"SELECT * FROM ({STANDING}) WHERE reviewer = :reviewer ORDER BY seq DESC LIMIT 1"
         reviewer = reviewer_name(reviewer)
         with self.store.writing() as db:
@@ -273,6 +275,7 @@ class Reviews:
 
     def latest(self, job_id: str, reviewer: str | None = None) -> list[Entry]:
         """What counts: per person and row the last entry that stands, oldest first."""
+        self.store.require(job_id)
         query, values = f"SELECT * FROM ({LATEST})", {"job": job_id}
         if reviewer is not None:
             query, values = f"{query} WHERE reviewer = :reviewer", values | {"reviewer": reviewer}
@@ -281,6 +284,7 @@ class Reviews:
 
     def log(self, job_id: str) -> list[dict[str, Any]]:
         """Every entry ever made, withdrawn ones and withdrawals among them, oldest first."""
+        self.store.require(job_id)
         rows = self.store.connection().execute(
             "SELECT * FROM review WHERE job_id = ? ORDER BY seq", (job_id,)
         )
@@ -364,6 +368,7 @@ class Reviews:
 
     def truth(self, job_id: str) -> Truth | None:
         """The column of correct labels that was chosen for a job, or None."""
+        self.store.require(job_id)
         query = "SELECT value FROM review_truth WHERE job_id = ?"
         row = self.store.connection().execute(query, (job_id,)).fetchone()
         return None if row is None else Truth(**json.loads(row["value"]))
@@ -447,6 +452,7 @@ class Reviews:
 
     def cells(self, job_id: str, rows: Sequence[int]) -> dict[int, tuple[str, ...]]:
         """The cells of some rows of a job's table."""
+        self.store.require(job_id)
         found = {}
         for begin in range(0, len(rows), ROWS_AT_ONCE):
             some = [int(idx) for idx in rows[begin : begin + ROWS_AT_ONCE]]

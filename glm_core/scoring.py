@@ -41,12 +41,16 @@ class Scores:
     outside   probability that none of the answers is given: 1 minus the sum of theirs
     greedy    the answer that the likeliest token at every step leads to; None where it leads to none of them
     seconds   of computing, the row's share
+    values is empty where a server gave no probabilities: `greedy` is then all there is.
+    error     why a server gave no answer to this prompt; shortened: whether it cut the prompt
     """
 
     values: tuple[float, ...]
     outside: float
     greedy: int | None
     seconds: float = 0.0
+    error: str = ""
+    shortened: bool = False
 
     @property
     def usable(self) -> bool:

@@ -11,6 +11,7 @@ from .errors import GLMError
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "data"
 MINI = DATA / "models" / "glm-mini"
+MAY = ("load", "finetune", "paths")  # what GLM_USERS_MAY can allow
 
 
 def _paths(value: str | None) -> tuple[Path, ...]:
@@ -25,10 +26,15 @@ class Settings:
     model_roots: tuple[Path, ...]
     table_roots: tuple[Path, ...]
     max_upload_mb: int = 500
+    users_may: frozenset[str] = frozenset()  # what is not only for administrators, where there are logins
+    demo: bool = False  # every visitor alone with the samples, nothing kept
 
     @classmethod
     def read(cls) -> Settings:
-        """Settings from GLM_WORKSPACE, GLM_MODELS and GLM_TABLES (folders separated as in PATH)."""
+        """Settings from GLM_WORKSPACE, GLM_MODELS and GLM_TABLES (folders separated as in PATH), and of the logins.
+
+        GLM_USERS_MAY takes words of `MAY` separated by commas, GLM_DEMO a 1.
+        """
         workspace = Path(os.environ.get("GLM_WORKSPACE") or "~/.glm-workbench").expanduser().resolve()
         if workspace == REPOSITORY or REPOSITORY in workspace.parents:
             raise GLMError(
@@ -37,7 +43,13 @@ class Settings:
             )
         models = (DATA / "models", workspace / "checkpoints", *_paths(os.environ.get("GLM_MODELS")))
         tables = _paths(os.environ.get("GLM_TABLES")) or (Path.home().resolve(),)
-        return cls(workspace, models, (workspace, DATA, *tables))
+        return cls(
+            workspace,
+            models,
+            (workspace, DATA, *tables),
+            users_may=_may(os.environ.get("GLM_USERS_MAY", "")),
+            demo=os.environ.get("GLM_DEMO", "").strip().lower() not in ("", "0", "no", "false", "off"),
+        )
 
     @property
     def database(self) -> Path:
@@ -77,6 +89,13 @@ class Settings:
     def allowed_model(self, path: str | Path) -> Path:
         """The resolved path of a checkpoint folder under one of the allowed folders; GLMError for any other."""
         return _allowed(path, (*self.model_roots, Path.home().resolve()), "folder", "GLM_MODELS")
+
+
+def _may(value: str) -> frozenset[str]:
+    words = frozenset(one.strip() for one in value.split(",") if one.strip())
+    if unknown := sorted(words - set(MAY)):
+        raise GLMError(f"GLM_USERS_MAY names {unknown[0]!r}.", f"Choose from: {', '.join(MAY)}.")
+    return words
 
 
 def _allowed(path: str | Path, roots: tuple[Path, ...], what: str, variable: str) -> Path:

@@ -54,7 +54,8 @@ COLUMNS = (
 
 SCHEMA = (
     """CREATE TABLE IF NOT EXISTS trial(
-        id TEXT PRIMARY KEY, created REAL NOT NULL, task TEXT NOT NULL, revealed INT NOT NULL DEFAULT 0)""",
+        id TEXT PRIMARY KEY, created REAL NOT NULL, task TEXT NOT NULL, revealed INT NOT NULL DEFAULT 0,
+        user TEXT NOT NULL DEFAULT '')""",
     """CREATE TABLE IF NOT EXISTS trial_answer(
         trial_id TEXT, prompt INT, side INT, text TEXT NOT NULL, tokens INT NOT NULL, seconds REAL NOT NULL,
         first REAL, rate REAL NOT NULL, finish TEXT NOT NULL, error TEXT NOT NULL,
@@ -105,6 +106,7 @@ class Trial:
     blind: bool
     seed: int
     revealed: bool = False
+    user: str = ""  # whose it is; "" for one made without a login
 
     @property
     def title(self) -> str:
@@ -208,7 +210,11 @@ def side(
 ) -> Side:
     """A checkpoint as it will answer, looked at without loading a weight; GLMError where it cannot be loaded."""
     from . import checkpoints
+    from .remote import find, is_remote
 
+    if is_remote(checkpoint):
+        found = find(str(checkpoint))
+        return Side(found.label, found.spec, "", "remote", found.host, "remote")
     info = checkpoints.inspect(Path(checkpoint))
     if info.problems:
         raise GLMError(
@@ -239,7 +245,10 @@ def prompts_of(text: str, by_line: bool) -> tuple[str, ...]:
 
 
 class Trials:
-    """Trials, their answers and their votes in the database of the jobs; any thread and any process may use it."""
+    """Trials, their answers and their votes in the database of the jobs; any thread and any process may use it.
+
+    Whose trials are there is for the person of the store.
+    """
 
     def __init__(self, store: JobStore) -> None:
         self.store = store
@@ -248,6 +257,8 @@ class Trials:
                 with store.writing() as db:
                     for statement in SCHEMA:
                         db.execute(statement)
+                    if "user" not in {row["name"] for row in db.execute("PRAGMA table_info(trial)")}:
+                        db.execute("ALTER TABLE trial ADD COLUMN user TEXT NOT NULL DEFAULT ''")
                 _made.add(store.path)
 
     def create(
@@ -265,6 +276,7 @@ class Trials:
         """
         from .engine import GenerationSettings
 
+        self.store.person.require("load")  # the checkpoints take the place of the loaded model
         if not FEWEST <= len(sides) <= MOST:
             raise GLMError(
                 f"{len(sides)} checkpoints cannot be compared.", f"Choose from {FEWEST} to {MOST}."
@@ -295,15 +307,16 @@ class Trials:
         }  # fmt: skip
         with self.store.writing() as db:
             db.execute(
-                "INSERT INTO trial(id, created, task) VALUES (?,?,?)",
-                (made, now, json.dumps(task, ensure_ascii=False)),
+                "INSERT INTO trial(id, created, task, user) VALUES (?,?,?,?)",
+                (made, now, json.dumps(task, ensure_ascii=False), self.store.person.name),
             )
         return self.get(made)
 
     def get(self, trial_id: str) -> Trial:
         """A trial by its id; GLMError if there is none."""
         row = self.store.connection().execute("SELECT * FROM trial WHERE id = ?", (trial_id,)).fetchone()
-        if row is None:
+        person = self.store.person
+        if row is None or not (person.sees_all or row["user"] == person.name):
             raise GLMError(
                 f"There is no comparison of prompts {trial_id!r}.", "It was deleted; start a new one."
             )
@@ -311,19 +324,35 @@ class Trials:
 
     def newest(self, limit: int = 100) -> list[Trial]:
         """The newest trials first."""
-        rows = self.store.connection().execute("SELECT * FROM trial ORDER BY id DESC LIMIT ?", (limit,))
+        query, values = "SELECT * FROM trial", []
+        if (mine := self.store.person.lists) is not None:
+            query, values = f"{query} WHERE user IN ({','.join('?' * len(mine))})", [*mine]
+        rows = self.store.connection().execute(f"{query} ORDER BY id DESC LIMIT ?", (*values, limit))
         return [_trial(row) for row in rows]
 
     def delete(self, trial_id: str) -> None:
         """Delete a trial with its answers and votes, and end its answering; nothing happens if it is gone."""
+        if not self._is_there(trial_id):
+            return
         if (answering := _LIVE.get(trial_id)) is not None:
             answering.stop.set()
         with self.store.writing() as db:
             for table, key in (("trial_vote", "trial_id"), ("trial_answer", "trial_id"), ("trial", "id")):
                 db.execute(f"DELETE FROM {table} WHERE {key} = ?", (trial_id,))
 
+    def _is_there(self, trial_id: str) -> bool:
+        if self.store.person.sees_all:
+            return True
+        try:
+            self.get(trial_id)
+        except GLMError:
+            return False
+        return True
+
     def reveal(self, trial_id: str) -> None:
         """Show the names of a blind trial from now on; what is not voted on by then is not asked any more."""
+        if not self._is_there(trial_id):
+            return
         with self.store.writing() as db:
             db.execute("UPDATE trial SET revealed = 1 WHERE id = ?", (trial_id,))
 
@@ -331,6 +360,8 @@ class Trials:
 
     def answers(self, trial_id: str) -> dict[Pair, Answer]:
         """(prompt, side) -> answer, of those finished."""
+        if not self._is_there(trial_id):
+            return {}
         names = [one.name for one in fields(Answer)]
         rows = self.store.connection().execute("SELECT * FROM trial_answer WHERE trial_id = ?", (trial_id,))
         return {(row["prompt"], row["side"]): Answer(**{name: row[name] for name in names}) for row in rows}
@@ -398,6 +429,8 @@ class Trials:
 
     def votes(self, trial_id: str) -> list[Vote]:
         """Every vote, the oldest first."""
+        if not self._is_there(trial_id):
+            return []
         rows = self.store.connection().execute(
             "SELECT * FROM trial_vote WHERE trial_id = ? ORDER BY seq", (trial_id,)
         )
@@ -483,7 +516,7 @@ def _trial(row: sqlite3.Row) -> Trial:
     return Trial(
         row["id"], row["created"], tuple(Side(**one) for one in task["sides"]), tuple(task["prompts"]),
         GenerationSettings.from_json(task["settings"]), task["system"], bool(task["blind"]), int(task["seed"]),
-        bool(row["revealed"]),
+        bool(row["revealed"]), row["user"],
     )  # fmt: skip
 
 
@@ -619,6 +652,7 @@ def begin(trials: Trials, trial_id: str, host: EngineHost | None = None) -> Live
     """Answer in the background what has no whole answer yet; a trial that is being answered goes on as it is."""
     from . import engine
 
+    trials.store.person.require("load")
     trial = trials.get(trial_id)
     with _lock:
         if (found := _LIVE.get(trial_id)) is not None and not found.ended.is_set():
@@ -674,8 +708,10 @@ def _with_load(
     The model is not held: a job that needs another one takes its place, and what it cut off is asked once more, which
     is refused with the job's name as long as the job runs.
     """
+    from .remote import shown
+
     for again in (False, True):
-        now.stage, now.name = "loading", Path(one.path).name
+        now.stage, now.name = "loading", shown(one.path)
         engine = host.use(one.path, one.precision, one.device, one.generation, one.base or None)
         _rest(engine, now)
         try:
@@ -695,7 +731,7 @@ def _with_load(
 def _rest(engine: Engine, now: Live) -> None:
     """Wait for the self-test of a small model that was just loaded: it would be counted into the speed of the first."""
     end = time.monotonic() + REST_S
-    small = engine.loaded.weight_bytes < SELF_TESTED_BYTES
+    small = engine.remote is None and engine.loaded.weight_bytes < SELF_TESTED_BYTES
     while small and engine.exact is None and not now.stop.is_set() and time.monotonic() < end:
         time.sleep(POLL_S)
 

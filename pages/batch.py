@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from glm_core.errors import GLMError
-from pages.shared import job_panel, page, panels, pickers_batch, results_panel, state, table_input, trial
+from pages.shared import (
+    cluster_panel,
+    job_panel,
+    page,
+    panels,
+    pickers_batch,
+    remote_words,
+    results_panel,
+    state,
+    table_input,
+    trial,
+)
 from pages.shared.reruns import live
 from pages.shared.text import plain, t
 
@@ -91,6 +101,7 @@ def preview(chosen: Chosen, asked: Asked) -> Engine | None:
             label_visibility="collapsed",
             help=t("Row of the table", "表格中的行"),
         )
+    on_server = engine.remote is not None
     try:
         prompt = batch.build_prompt(
             engine.tokenizer, asked.template, asked.system, chosen.info.columns, chosen.row(number),
@@ -104,6 +115,17 @@ def preview(chosen: Chosen, asked: Asked) -> Engine | None:
     st.code(
         engine.tokenizer.decode(prompt.ids, skip_special=False), language=None, wrap_lines=True, height=250
     )
+    if on_server:
+        st.caption(
+            ":material/cloud: "
+            + t(
+                f"Row {number:,}: {len(prompt.text):,} characters, sent as messages. Only the server knows how many tokens "
+                "that is; a row that is too long for it fails with its reason.",
+                f"第 {number:,} 行：{len(prompt.text):,} 个字符，以消息形式发送。词元数只有服务器知道；"
+                "过长的行会失败并注明原因。",
+            )
+        )
+        return engine
     room = engine.context - asked.settings.max_new_tokens
     with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
         st.badge(
@@ -142,9 +164,10 @@ def preview(chosen: Chosen, asked: Asked) -> Engine | None:
 def run_card(draft: dict, chosen: Chosen, asked: Asked, engine: Engine | None) -> None:
     """The trial and the start."""
     row = panels.section(t("3 · Try and run", "3 · 试跑与运行"), "play_circle")
-    total = min(chosen.rows, asked.limit or chosen.rows)
+    total = state.most_rows(min(chosen.rows, asked.limit or chosen.rows))
     with row:
         st.space("stretch")
+        where = cluster_panel.choose(engine, "batch") if engine is not None else None
         try_it = st.button(
             t("Try five rows", "试跑五行"), icon=":material/science:", key="try", disabled=engine is None
         )
@@ -160,7 +183,9 @@ def run_card(draft: dict, chosen: Chosen, asked: Asked, engine: Engine | None) -
         return
     loaded = engine.loaded
     st.caption(
-        t(
+        remote_words.answered_by(engine)
+        if engine.remote is not None
+        else t(
             f"Answers come from **{plain(loaded.info.name)}** ({loaded.precision.upper()}, "
             f"{panels.device_name(loaded.device)}). The job goes on when you close the browser.",
             f"由 **{plain(loaded.info.name)}**（{loaded.precision.upper()}，{panels.device_name(loaded.device)}）回答。"
@@ -174,7 +199,7 @@ def run_card(draft: dict, chosen: Chosen, asked: Asked, engine: Engine | None) -
         if try_it:
             trial.run(engine, task, chosen)
         if run_it:
-            start(draft, task, chosen)
+            start(draft, where.put(task) if where else task, chosen)
     except GLMError as error:
         panels.problem(error)
 
@@ -186,7 +211,7 @@ def make_task(engine: Engine, chosen: Chosen, asked: Asked) -> BatchTask:
     loaded = engine.loaded
     return batch.BatchTask(
         checkpoint=str(loaded.info.path),
-        checkpoint_fingerprint=fingerprint(loaded.info.path, loaded.base.path if loaded.base else None),
+        checkpoint_fingerprint=fingerprint(engine),
         precision=loaded.precision,
         device=loaded.devices,
         template=asked.template,
@@ -202,14 +227,18 @@ def make_task(engine: Engine, chosen: Chosen, asked: Asked) -> BatchTask:
         generation=engine.tokenizer.generation,
         base=str(loaded.base.path) if loaded.base else "",
         versions=batch.versions(),
+        remote=engine.record() if engine.remote is not None else {},  # type: ignore[attr-defined]
     )
 
 
-def fingerprint(path: Path, base: Path | None) -> str:
-    """The hash of a checkpoint, and of the base under an adapter, as they are now."""
+def fingerprint(engine: Engine) -> str:
+    """The hash of a checkpoint, and of the base under an adapter, as they are now; of a server its address."""
     from glm_core import checkpoints
 
-    return checkpoints.fingerprint(path, base)
+    if engine.remote is not None:
+        return engine.remote.fingerprint
+    loaded = engine.loaded
+    return checkpoints.fingerprint(loaded.info.path, loaded.base.path if loaded.base else None)
 
 
 def start(draft: dict, task: BatchTask, chosen: Chosen) -> None:

@@ -12,7 +12,7 @@ from streamlit_chat import message
 
 from glm_core.chat import default_settings, strip_remote_images
 from glm_core.errors import GLMError
-from pages.shared import avatars, page, panels, state
+from pages.shared import avatars, page, panels, remote_words, state
 from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
@@ -63,11 +63,13 @@ def main() -> None:
         ("Chat", "聊天"),
         ":material/chat:",
         (
-            "Talk to the loaded model. Conversations stay on this computer, also when you close the page.",
+            "Talk to the loaded model. Conversations are kept on this computer, also when you close the page.",
             "与已加载的模型对话。对话保存在本机，关闭页面也不会丢失。",
         ),
     )
     engine = panels.need_model()
+    if engine is not None and engine.remote is not None:
+        st.caption(f":material/cloud: {remote_words.goes_to(engine)}")
     try:
         store = state.conversations()
         found = opened(store)
@@ -599,7 +601,9 @@ def meter(store: ConversationStore, found: Conversation | None, engine: Engine |
     own = default_settings(engine)
     now = (found.settings if found else remembered_settings()) or own
     parts = []
-    if found is not None and found.turns:
+    if engine.remote is not None:
+        parts.append(server_count(found, engine))
+    elif found is not None and found.turns:
         try:
             used, dropped = context_use(store, found, engine)
         except GLMError as error:
@@ -615,6 +619,19 @@ def meter(store: ConversationStore, found: Conversation | None, engine: Engine |
             parts.append(f":orange[{text}]")
     parts.append(in_words(now) + (t(" (the model's defaults)", "（模型默认值）") if now == own else ""))
     st.caption(f":material/data_usage: {' · '.join(parts)}")
+
+
+def server_count(found: Conversation | None, engine: Engine) -> str:
+    """Where the conversation goes, and the tokens of its last answer, which only the server can count."""
+    assert engine.remote is not None
+    host = plain(engine.remote.host)
+    last = found.turns[-1] if found is not None and found.turns else None
+    if last is None or last.is_user or not last.prompt_tokens:
+        return t(f"sent to {host}, which alone knows its tokens", f"发往 {host}，词元数只有该服务器知道")
+    return t(
+        f"{host} counted {last.prompt_tokens:,} + {last.tokens:,} tokens at the last answer",
+        f"{host} 统计上一回答为 {last.prompt_tokens:,} + {last.tokens:,} 词元",
+    )
 
 
 def context_use(store: ConversationStore, found: Conversation, engine: Engine) -> tuple[int, int]:

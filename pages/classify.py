@@ -22,6 +22,7 @@ from pages.shared import (
     job_panel,
     page,
     panels,
+    remote_words,
     state,
     table_input,
 )
@@ -183,6 +184,17 @@ def results(this: Found) -> None:
     """One view of the results at a time; those that compare need correct labels."""
     with_truth = this.rows is not None and len(this.rows) > 0
     views = [one for one in VIEWS if with_truth or one in ("results", "review")]
+    if way := str((this.job.task.get("remote") or {}).get("labels") or ""):
+        st.caption(f":material/cloud: {remote_words.way(way)}")
+    if this.bare:
+        views = [one for one in views if one in ("results", "quality", "review")]
+        st.warning(
+            t(
+                "Without probabilities there is no threshold, no calibration and no auto-accept.",
+                "没有概率，因此没有阈值、校准和自动采纳。",
+            ),
+            icon=":material/percent:",
+        )
     asked = state.query("view")
     key = f"classify_view_{this.job.id}"
     if state.session(key) not in views:

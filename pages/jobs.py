@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from pages.shared import classify_review, finetune_run, job_panel, page, panels, state
+from pages.shared import (
+    admin_jobs,
+    admin_people,
+    classify_review,
+    finetune_run,
+    job_panel,
+    page,
+    panels,
+    state,
+)
 from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
@@ -30,12 +39,14 @@ def main() -> None:
             "关闭浏览器后任务仍会继续，重启后也会接着运行。每个完成的行都会保存。",
         ),
     )
-    jobs = state.job_store().list(limit=LISTED)
+    admin_jobs.choice()
+    jobs = state.job_store().list(limit=LISTED, everybody=admin_jobs.everybody())
     job_panel.problem()
     asked = state.query("job")
     jobs.sort(key=lambda job: job.id != asked)  # the one asked for first; the sort keeps the others' order
     if not jobs:
         empty()
+        admin_people.section()
         return
     now = [job for job in jobs if job.state in OPEN]
     if now:
@@ -53,12 +64,13 @@ def main() -> None:
         with place:
             for job in past[(number - 1) * PAGE_JOBS : number * PAGE_JOBS]:
                 card(job, asked == job.id)
+    admin_people.section()
 
 
 @live(run_every=1)
 def watch(drawn: list[str]) -> None:
     """The jobs that run, wait or are paused, looked at every second; a job that ends moves down."""
-    jobs = state.job_store().list(limit=LISTED, states=OPEN)
+    jobs = state.job_store().list(limit=LISTED, states=OPEN, everybody=admin_jobs.everybody())
     if {job.id for job in jobs} != set(drawn):
         st.rerun()
     with st.container(key="polled_jobs"):
@@ -76,6 +88,7 @@ def card(job: Job, asked: bool) -> None:
                 st.markdown(f"**{plain(job.title)}**", width="content")
             job_panel.badges(job)
             st.space("stretch")
+            admin_jobs.turn(job)
             page.link(job.kind, ("Open", "打开"), ":material/open_in_new:", job=job.id)
             # The rows of a classification are paused, retried and deleted as those of a batch.
             job_panel.actions(job, "list")
@@ -96,6 +109,8 @@ def card(job: Job, asked: bool) -> None:
 def facts(job: Job) -> list[str]:
     """Trouble, speed, time left, start and duration, as far as they are known."""
     parts = []
+    if place := job_panel.before(job):
+        parts.append(place)
     if job.failed:
         parts.append(t(f"{job.failed:,} failed", f"{job.failed:,} 行失败"))
     if job.truncated:

@@ -10,7 +10,7 @@ import streamlit as st
 
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
-from pages.shared import convert_panel, page, panels, pickers, state
+from pages.shared import access, convert_panel, page, panels, pickers, remote_engines, state
 from pages.shared.reruns import live
 from pages.shared.text import plain, said, t
 
@@ -42,7 +42,9 @@ def main() -> None:
         load_panel(found)
     with left:
         listing(found)
-    convert_panel.dialog(found)
+        remote_engines.card()
+    if state.may("finetune"):
+        convert_panel.dialog(found)
     panels.rerun_on_model_change()
 
 
@@ -55,11 +57,14 @@ def in_memory() -> None:
         with row:
             panels.state_badge(kind)
             if engine is not None and kind == "ready":
-                panels.exact_badge(engine.status().exact, engine.status().exact_text)
+                if engine.remote is None:
+                    panels.exact_badge(engine.status().exact, engine.status().exact_text)
                 st.space("stretch")
                 with st.container(horizontal=True, width="content", gap="xsmall"):
                     actions(engine)
-        if engine is not None and kind == "ready":
+        if engine is not None and kind == "ready" and engine.remote is not None:
+            remote_facts(engine)
+        elif engine is not None and kind == "ready":
             loaded_facts(engine)
             adapter_effect(engine)
             if panels.is_demo(name):
@@ -94,7 +99,9 @@ def loading_now() -> None:
 
 def actions(engine: Engine) -> None:
     """What can be done with the loaded model."""
-    if st.button(
+    if not state.may("load"):
+        return
+    if engine.remote is None and st.button(
         t("Self-test", "自检"),
         icon=":material/rule:",
         key="self_test",
@@ -107,8 +114,32 @@ def actions(engine: Engine) -> None:
         forget_what_was_said()
         state.testing().start(engine)
         st.rerun()
-    if st.button(t("Unload", "卸载"), icon=":material/eject:", key="unload"):
+    leave = t("Unload", "卸载") if engine.remote is None else t("Disconnect", "断开")
+    if st.button(leave, icon=":material/eject:", key="unload"):
         unload()
+
+
+def remote_facts(engine: Engine) -> None:
+    """Name and place of a model on a server, and what there is none of here."""
+    remote, served = engine.remote, engine.served  # type: ignore[attr-defined]
+    assert remote is not None
+    with st.grid(3, min_column_width=170):
+        fact(t("Model", "模型"), remote.model, served.reported or remote.name, "cloud")
+        fact(t("Server", "服务器"), remote.host, served.kind, "dns")
+        context = f"{served.context:,}" if served.context else "–"
+        fact(
+            t("Context (tokens)", "上下文（词元）"),
+            context,
+            t("as the server says", "由服务器给出") if served.context else t("not said", "未说明"),
+            "data_usage",
+        )
+    st.caption(
+        ":material/info: "
+        + t(
+            "Its weights are on the server: memory, precision, self-test and fine-tuning are there, not here.",
+            "权重在服务器上：内存、精度、自检和微调均不在本机。",
+        )
+    )
 
 
 def loaded_facts(engine: Engine) -> None:
@@ -127,6 +158,12 @@ def loaded_facts(engine: Engine) -> None:
             f"{status.precision.upper()} · {panels.device_name(status.device)}",
             context,
             "memory",
+            t(
+                f"Computes with {status.threads_text}: the fastest in a second of trying after the load, per token.",
+                f"线程数由加载后一秒内的实测选定：{status.threads_text}（每词元用时）。",
+            )
+            if status.threads_text
+            else None,
         )
         fact(
             t("Weights", "权重"),
@@ -197,7 +234,7 @@ def adapter_effect(engine: Engine) -> None:
                 t("Did it take effect?", "是否生效？"),
                 icon=":material/compare_arrows:",
                 key="effect_start",
-                disabled=measuring.busy,
+                disabled=measuring.busy or not state.may("load"),
                 help=t(
                     "Answers 8 short prompts with and without the adapter, greedily, and compares them. Other "
                     "requests go on meanwhile, with the adapter.",
@@ -283,11 +320,15 @@ def unload() -> None:
     """Unload the model, and say what memory that gave back."""
     before = state.engine_host().memory().process_bytes
     forget_what_was_said()
+    engine = state.current_engine()
+    on_server = engine is not None and engine.remote is not None
     try:
         state.unload_model()
     except GLMError as error:
         state.session_set("models_problem", error)
     else:
+        if on_server:
+            st.rerun()
         now = panels.format_bytes(state.engine_host().memory().process_bytes)
         was = panels.format_bytes(before)
         freed = t(f"Unloaded: the process held {was}, now {now}.", f"已卸载：进程内存由 {was} 变为 {now}。")
@@ -308,6 +349,8 @@ def forget_what_was_said() -> None:
 def load_panel(found: list[CheckpointInfo]) -> None:
     """Checkpoint, base, precision and device, what memory they will take, and the button."""
     panels.section(t("Load a model", "加载模型"), "play_circle")
+    if access.not_allowed("load"):
+        return
     choices = [info for info in found if info.loadable]
     if not choices:
         st.caption(t("No folder here can be loaded; the list says why.", "没有可加载的模型；原因见列表。"))
@@ -334,7 +377,7 @@ def load_panel(found: list[CheckpointInfo]) -> None:
     free = available + (engine.status().weight_bytes if engine is not None else 0)
     st.progress(min(1.0, need / free) if free else 1.0)
     needs, has = panels.format_bytes(need), panels.format_bytes(free)
-    stored = f"INT{on.bits} + {resolved.upper()}" if on.bits else resolved.upper()
+    stored = f"{on.codes} + {resolved.upper()}" if on.bits else resolved.upper()
     st.caption(
         t(
             f"**{needs}** for the weights in {stored}, plus working memory. "
@@ -385,7 +428,8 @@ def listing(found: list[CheckpointInfo]) -> None:
         checkpoint_card(info)
     if not found:
         st.caption(t("There is no checkpoint in the allowed folders.", "允许的文件夹中没有模型。"))
-    add_folder()
+    if state.may("load"):
+        add_folder()
 
 
 def checkpoint_card(info: CheckpointInfo) -> None:
@@ -406,8 +450,9 @@ def checkpoint_card(info: CheckpointInfo) -> None:
             st.space("stretch")
             if info.loadable:
                 with st.container(horizontal=True, width="content", gap="small"):
-                    convert_panel.open_button(info)
-                    if not current:
+                    if state.may("finetune"):
+                        convert_panel.open_button(info)
+                    if not current and state.may("load"):
                         choose_button(info)
         if info.adapter is not None:
             st.markdown(adapter_facts(info))
@@ -415,7 +460,8 @@ def checkpoint_card(info: CheckpointInfo) -> None:
             st.markdown(facts)
         for one in info.problems:
             st.markdown(f":orange[:material/warning:] {plain(said(one))}")
-        st.caption(f":material/folder: {plain(str(info.path))}")
+        if state.may("load"):
+            st.caption(f":material/folder: {plain(str(info.path))}")
         convert_panel.card_note(info)
 
 
@@ -450,7 +496,7 @@ def kinds(info: CheckpointInfo) -> None:
         )
     if info.bits:
         st.badge(
-            f"INT{info.bits}",
+            info.codes,
             icon=":material/compress:",
             color="gray",
             help=t("How the linear layers are stored.", "线性层的存储方式。"),

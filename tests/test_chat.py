@@ -37,7 +37,7 @@ class FakeHandle:
     def __init__(self, request, number):
         self.request, self.id = request, f"h{number}"
         self.state, self.finish_reason, self.text, self.place = "queued", "", "", 1
-        self.error, self.notes, self.n_tokens = None, (), 0
+        self.error, self.notes, self.n_tokens, self.n_prompt = None, (), 0, len(request.prompt_ids)
         self.tokens_per_second, self.time_to_first_token, self.seconds = 12.5, 0.25, 2.0
         self.obeys = True
         self.cancelled = ""

@@ -319,20 +319,21 @@ def test_embedding_and_head_belong_on_one_device(two_gpus, full_size):
 
 def test_each_device_has_to_hold_its_own_share(two_gpus, tiny_checkpoint, full_size):
     info = checkpoints.inspect(tiny_checkpoint)
+    sizes = loading._sizes(full_size, torch.bfloat16, 0, 0)
     two_gpus["cuda:1"] = 4 * GIB
     crowded = {"": "cuda:1", "model.embed_tokens": "cuda:0", "lm_head": "cuda:0"}
     with pytest.raises(GLMError, match=r"needs about 12\.\d GiB in bf16; 4\.0 GiB are free on cuda:1"):
-        loading._place(full_size, info, "bf16", torch.bfloat16, 0, ["cuda:0", "cuda:1"], crowded)
-    placed = loading._place(full_size, info, "bf16", torch.bfloat16, 0, ["cuda:0", "cuda:1"], None)
+        loading._place(full_size, info, "bf16", sizes, ["cuda:0", "cuda:1"], crowded)
+    placed = loading._place(full_size, info, "bf16", sizes, ["cuda:0", "cuda:1"], None)
     found = shares(full_size, placed, bytes_of(full_size))
     assert found["cuda:1"] < 4 * GIB < found["cuda:0"]
     two_gpus["cuda:0"] = GIB
     two_gpus["cuda:1"] = 40 * GIB
     with pytest.raises(GLMError, match="cannot be spread over cuda:0,cuda:1: one of them has too little"):
-        loading._place(full_size, info, "bf16", torch.bfloat16, 0, ["cuda:0", "cuda:1"], None)
+        loading._place(full_size, info, "bf16", sizes, ["cuda:0", "cuda:1"], None)
     two_gpus["cuda:1"] = 2 * GIB
     with pytest.raises(GLMError, match=r"in bf16; 3\.0 GiB are free on cuda:0,cuda:1"):
-        loading._place(full_size, info, "bf16", torch.bfloat16, 0, ["cuda:0", "cuda:1"], None)
+        loading._place(full_size, info, "bf16", sizes, ["cuda:0", "cuda:1"], None)
 
 
 def test_an_adapters_warnings_travel_with_the_model(tiny_checkpoint, tmp_path):

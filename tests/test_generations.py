@@ -689,7 +689,7 @@ def test_a_base_and_its_adapter_share_no_cached_column(
 ):
     """One after the other in one host, loaded from their folders, the same conversation in all three."""
     monkeypatch.setattr(
-        EngineHost, "_test", staticmethod(lambda engine: None)
+        EngineHost, "_settle", staticmethod(lambda engine: None)
     )  # it caches a prompt of its own
     folder = {"chatglm": first_folder, "glm4": glm4_folder}.get(generation, tiny_checkpoint)
     chosen = generation if folder is tiny_checkpoint else None

@@ -16,10 +16,12 @@ CORE = REPOSITORY / "glm_core"
 # Each line may import the lines below it.
 LAYERS = (
     ("__main__", "cli", "doctor", "server", "minimodel"),
+    ("belongings",),
     (
         "chat",
         "batch",
         "classify",
+        "cluster",
         "review",
         "evaluate",
         "compare",
@@ -29,10 +31,11 @@ LAYERS = (
         "effect",
         "votes",
     ),
-    ("engine", "scoring", "jobs"),
+    ("engine", "scoring", "jobs", "remote"),
     ("checkpoints", "tables", "metrics", "statistics"),
-    ("adapters", "quantization", "linear", "models", "tokenizers"),
-    ("weights", "devices"),
+    ("adapters", "quantization", "groupwise", "linear", "models", "tokenizers"),
+    ("weights", "devices", "threads"),
+    ("access",),
     ("settings", "errors"),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -3,14 +3,18 @@
 from .inspecting import (
     BYTES,
     DYNAMIC,
+    GROUPED,
     PRECISIONS,
     STORED,
     CheckpointInfo,
     Precision,
+    code_bits,
+    code_name,
     find,
     fingerprint,
     inspect,
     read_config,
+    stored_as,
 )
 from .loading import (
     LoadedModel,
@@ -29,6 +33,7 @@ from .saving import convert, convert_to_glm, export, merge, save
 __all__ = [
     "BYTES",
     "DYNAMIC",
+    "GROUPED",
     "PRECISIONS",
     "STORED",
     "CheckpointInfo",
@@ -39,6 +44,8 @@ __all__ = [
     "base_of",
     "best_device",
     "best_precision",
+    "code_bits",
+    "code_name",
     "convert",
     "convert_to_glm",
     "defaults",
@@ -52,4 +59,5 @@ __all__ = [
     "read_config",
     "release",
     "save",
+    "stored_as",
 ]

@@ -16,10 +16,15 @@ from ..weights import Stored, can_list, is_lfs_pointer, listing, read_json, weig
 if TYPE_CHECKING:
     from ..adapters import AdapterInfo
 
-Precision = Literal["fp32", "bf16", "fp16", "int8", "int4", "int8-dynamic"]
+Precision = Literal[
+    "fp32", "bf16", "fp16", "int8", "int4", "int4-g32", "int4-g64", "int4-g128", "int8-dynamic"
+]  # fmt: skip
 # What weights are stored and trained over; and what they can be loaded in: INT8 with the activations rounded to 8 bits
 # as well is for computing answers on a processor.
-STORED: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4")
+# INT4 with a scale and a zero point for so many columns of a row; `glm_core.groupwise` has the layout.
+GROUPED: dict[Precision, int] = {"int4-g32": 32, "int4-g64": 64, "int4-g128": 128}
+GROUP_METHOD = "glm-workbench-int4"  # quant_method of a config.json whose weights are stored so
+STORED: tuple[Precision, ...] = ("fp32", "bf16", "fp16", "int8", "int4", *GROUPED)
 DYNAMIC: Precision = "int8-dynamic"
 PRECISIONS: tuple[Precision, ...] = (*STORED, DYNAMIC)
 BYTES: dict[str, float] = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "int4": 0.5}
@@ -67,6 +72,7 @@ class CheckpointInfo:
     problems: tuple[str, ...] = ()
     architecture: str = ""  # what runs it: "chatglm", "chatglm2", or transformers' model_type
     bits: int = 0  # 8 or 4 where the weights are stored quantized
+    group: int = 0  # columns that share a scale, where they are stored so; 0: a row has one
     linear_parameters: int = 0  # those that INT8/INT4 replaces
     method: str = ""  # "p-tuning-v2" or "lora" where the folder holds an adapter
     adapter: AdapterInfo | None = None
@@ -75,6 +81,11 @@ class CheckpointInfo:
     @property
     def loadable(self) -> bool:
         return not self.problems
+
+    @property
+    def codes(self) -> str:
+        """What the linear layers are stored as: INT8, INT4, INT4-G64; "" for floats."""
+        return code_name(self.bits, self.group)
 
     @property
     def needs_base(self) -> bool:
@@ -87,7 +98,10 @@ class CheckpointInfo:
         if precision == DYNAMIC:
             return int(self.linear_parameters + others * 2)
         if self.bits:
-            return int(self.linear_parameters * self.bits / 8 + others * BYTES.get(precision, 2))
+            coded = self.bits / 8 + (4 / self.group if self.group else 0)
+            return int(self.linear_parameters * coded + others * BYTES.get(precision, 2))
+        if precision in GROUPED:
+            return int(self.linear_parameters * (0.5 + 4 / GROUPED[precision]) + others * 2)
         if precision in ("int8", "int4"):
             return int(self.linear_parameters * BYTES[precision] + others * 2)
         return int(self.parameters * BYTES[precision])
@@ -172,6 +186,27 @@ def inspect(folder: Path) -> CheckpointInfo:
         ) from error
 
 
+def stored_as(config: Mapping[str, Any]) -> tuple[int, int]:
+    """(bits, columns that share a scale) of a config.json: (0, 0) for floats, no columns where every row has one."""
+    described = config.get("quantization_config")
+    if isinstance(described, Mapping) and described.get("quant_method") == GROUP_METHOD:
+        group = _number(described, "group_size")
+        return 4, group if group in GROUPED.values() else 0
+    return _number(config, "quantization_bit"), 0
+
+
+def code_name(bits: int, group: int) -> str:
+    """How codes are called on screen: INT8, INT4, INT4-G64; "" for none."""
+    return f"INT{bits}" + (f"-G{group}" if group else "") if bits else ""
+
+
+def code_bits(precision: str) -> tuple[int, int]:
+    """(bits, columns that share a scale) of the codes a precision makes of float weights, (0, 0) for none."""
+    if precision in GROUPED:
+        return 4, GROUPED[precision]  # type: ignore[index]
+    return {"int8": 8, "int4": 4, DYNAMIC: 8}.get(precision, 0), 0
+
+
 def architecture_of(config: Mapping[str, Any]) -> str:
     """Which model runs a config.json: "chatglm" (v1), "chatglm2" (v2, v3, GLM-4 as released), or its model_type.
 
@@ -211,7 +246,7 @@ def _inspect(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
     architecture = architecture_of(config)
     generation = generation_of(folder, config)
     problems = _config_problems(config, architecture)
-    bits = _number(config, "quantization_bit")
+    bits, group = stored_as(config)
     files, file_problems = weight_files(folder)
     problems += file_problems
     stored: Mapping[str, Stored] = {}
@@ -239,13 +274,14 @@ def _inspect(folder: Path, config: dict[str, Any]) -> CheckpointInfo:
         generation=generation,
         parameters=parameters,
         size_bytes=sum(f.stat().st_size for f in files if f.is_file()),
-        dtype=f"INT{bits}" if bits else dtype or str(config.get("torch_dtype", "")),
+        dtype=code_name(bits, group) or dtype or str(config.get("torch_dtype", "")),
         layers=_number(config, "num_layers", "num_hidden_layers"),
         hidden_size=_number(config, "hidden_size"),
         context=_number(config, "seq_length", "max_sequence_length", "max_position_embeddings"),
         problems=tuple(problems),
         architecture=architecture,
         bits=bits,
+        group=group,
         linear_parameters=linear,
         method=adapter.method if adapter else "",
         adapter=adapter,
@@ -293,6 +329,14 @@ def _config_problems(config: Mapping[str, Any], architecture: str) -> list[str]:
             problems.append(f"config.json says {key} {value!r}, where a positive number belongs.")
     if (bits := config.get("quantization_bit")) not in (None, 0, 4, 8):
         problems.append(f"config.json says quantization_bit {bits!r}; INT8 and INT4 can be loaded.")
+    described = config.get("quantization_config")
+    if isinstance(described, Mapping) and described.get("quant_method") == GROUP_METHOD:
+        group = described.get("group_size")
+        if group not in GROUPED.values() or described.get("bits") != 4:
+            problems.append(
+                f"config.json says {described.get('bits')!r} bits in groups of {group!r}; INT4 in groups of 32, 64 and 128 "
+                "can be loaded."
+            )
     return problems
 
 
@@ -333,7 +377,7 @@ def _weight_problems(stored: Mapping[str, Stored], config: Mapping[str, Any], ar
     shape = stored[embedding].shape
     if shape != expected and not quantized_embedding:
         problems.append(f"{embedding} has the shape {shape}, config.json says {expected}.")
-    bits = _number(config, "quantization_bit")
+    bits, group = stored_as(config)
     faults: dict[str, str] = {}  # the first tensor with a fault stands for all
     for name, tensor in stored.items():
         coded = LINEAR.search(name) or (quantized_embedding and name in (embedding, "lm_head.weight"))
@@ -346,7 +390,10 @@ def _weight_problems(stored: Mapping[str, Stored], config: Mapping[str, Any], ar
                 "bits", f"{name} is stored as {tensor.dtype}, but config.json has no quantization_bit."
             )
         else:
-            _code_faults(faults, tensor, stored.get(f"{name}_scale"), bits, _inputs(config, name))
+            scale = stored.get(f"{name}_scale")
+            if group and scale is not None and len(scale.shape) == 2:
+                continue  # the shapes are checked while loading
+            _code_faults(faults, tensor, scale, bits, _inputs(config, name))
     return problems + list(faults.values())
 
 
@@ -440,7 +487,7 @@ def _count(stored: Mapping[str, Stored], bits: int) -> tuple[int, int, str]:
     total = linear = 0
     sizes: dict[str, int] = {}
     for name, tensor in stored.items():
-        if name.endswith(("inv_freq", "weight_scale")) or name.startswith(PREFIX_KEYS):
+        if name.endswith(("inv_freq", "weight_scale", "weight_zero")) or name.startswith(PREFIX_KEYS):
             continue
         packed = bits == 4 and tensor.dtype in ("I8", "U8")
         numel = tensor.numel * (2 if packed else 1)

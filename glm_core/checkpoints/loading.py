@@ -22,10 +22,13 @@ from .inspecting import (
     DYNAMIC,
     FAMILIES,
     GLM4_VOCABULARY,
+    GROUP_METHOD,
+    GROUPED,
     PRECISIONS,
     PREFIX_KEYS,
     CheckpointInfo,
     Precision,
+    code_bits,
     inspect,
     read_config,
 )
@@ -118,6 +121,8 @@ def load(
 
     path        the checkpoint folder; any name. A folder of P-tuning v2 or LoRA weights alone needs `base`
     precision   "fp32", "bf16", "fp16", "int8", "int4" or "auto"; stored INT8/INT4 weights stay as they are.
+                "int4-g32", "int4-g64", "int4-g128": INT4 with a scale and a zero point for so many columns of a row,
+                made from float weights
                 "int8-dynamic": INT8 over activations of 8 bits, once an Engine has the model; on a processor only
     device      "cpu", "cuda", "cuda:1", "mps", several such as "cuda:0,cuda:1", or "auto": the GPU if there is one,
                 all GPUs if one has too little memory
@@ -144,8 +149,18 @@ def load(
         precision = best_precision(on, names[0])
     if precision not in PRECISIONS:
         raise GLMError(f"Precision {precision!r} is unknown.", f"Choose one of {', '.join(PRECISIONS)}.")
+    if precision in GROUPED and on.bits and on.group != GROUPED[precision]:
+        raise GLMError(
+            f"{on.name} is stored as {on.codes}; {precision} is made from float weights.",
+            "Choose its edition with float weights, or another precision.",
+        )
     if precision == DYNAMIC:
         _require_dynamic(names)
+        if on.group:
+            raise GLMError(
+                f"{on.name} is stored as {on.codes}, which cannot be computed with 8-bit activations.",
+                "Choose another precision.",
+            )
     elif on.bits and precision.startswith("int"):
         # The stored codes stay; this is what is computed with.
         precision = devices.PRECISION_OF[devices.kind(names[0])][0]
@@ -168,6 +183,7 @@ def load(
         model, tokenizer, report, placed = _base_model(on, chosen, precision, names, device_map, progress)
         if info.adapter is not None:
             prefix, notes = _attach(model, info)
+        notes += _other_groups(model, on, precision)
         main = devices.check_map(model, placed)
         if len(placed) > 1 or device_map is not None:
             model = devices.spread(model, placed, main).eval().requires_grad_(False)
@@ -238,7 +254,7 @@ def _with_sizes(info: CheckpointInfo, base: CheckpointInfo) -> CheckpointInfo:
     return replace(
         info, family=base.family, generation=base.generation, parameters=base.parameters, layers=base.layers,
         hidden_size=base.hidden_size, context=base.context, architecture=base.architecture, bits=base.bits,
-        linear_parameters=base.linear_parameters, dtype=base.dtype,
+        group=base.group, linear_parameters=base.linear_parameters, dtype=base.dtype,
     )  # fmt: skip
 
 
@@ -266,7 +282,7 @@ def _base_model(
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(
         precision, devices.beside_codes(names[0])
     )
-    bits = info.bits or {"int8": 8, "int4": 4, DYNAMIC: 8}.get(precision, 0)
+    bits, group = (info.bits, info.group) if info.bits else code_bits(precision)
     tokenizer = load_tokenizer(info.path, generation)
     raw = read_config(info.path)
     files, _ = weight_files(info.path)
@@ -282,12 +298,12 @@ def _base_model(
             f"The tokenizer has {highest} ids, the weights only {size}.",
             "Copy the tokenizer and the weights from the same checkpoint.",
         )
-    placed = _place(model, info, precision, dtype, bits, names, device_map)
+    placed = _place(model, info, precision, _sizes(model, dtype, bits, group), names, device_map)
     if own or _named_alike(model, stored):
         embeddings = own and bool(raw.get("quantization_embeddings"))
-        report = fill(model, files, dtype, bits, embeddings, progress, placed)
+        report = fill(model, files, dtype, bits, embeddings, progress, placed, group)
     else:
-        model, report = _converted(info, dtype, bits)
+        model, report = _converted(info, dtype, bits, group)
         if progress is not None:
             progress(info.size_bytes, info.size_bytes)
     if report.missing:
@@ -302,13 +318,11 @@ def _place(
     model: PreTrainedModel,
     info: CheckpointInfo,
     precision: str,
-    dtype: torch.dtype,
-    bits: int,
+    sizes: Mapping[str, int],
     names: Sequence[str],
     device_map: Mapping[str, str] | None,
 ) -> dict[str, str]:
     """Module -> device for a model on the meta device; GLMError where one device has too little room for its share."""
-    sizes = _sizes(model, dtype, bits)
     if device_map is not None:
         devices.check_map(model, device_map)
         placed = devices.whole(model, device_map)
@@ -330,15 +344,20 @@ def _place(
     return found
 
 
-def _sizes(model: PreTrainedModel, dtype: torch.dtype, bits: int) -> dict[str, int]:
-    """Bytes of every parameter by name, at the precision it is going to have."""
+def _sizes(model: PreTrainedModel, dtype: torch.dtype, bits: int, group: int = 0) -> dict[str, int]:
+    """Bytes of every parameter by name, at the precision it is going to have; those of a group's scales included."""
+    from ..groupwise import code_bytes
     from ..quantization import linears
 
     codes = {f"{path}.weight" for path in linears(model)} if bits else set()
-    return {
-        name: tensor.numel() * bits // 8 if name in codes else tensor.numel() * dtype.itemsize
-        for name, tensor in model.named_parameters()
-    }
+
+    def size(name: str, tensor: Tensor) -> int:
+        if name not in codes:
+            return tensor.numel() * dtype.itemsize
+        rows, columns = tensor.shape
+        return code_bytes(rows, columns, group) if group else rows * columns * bits // 8
+
+    return {name: size(name, tensor) for name, tensor in model.named_parameters()}
 
 
 def load_tokenizer(folder: Path, generation: str) -> Tokenizer:
@@ -404,20 +423,25 @@ def fill(
     quantized_embeddings: bool = False,
     progress: Progress | None = None,
     device_map: Mapping[str, str] | None = None,
+    group: int = 0,
 ) -> LoadReport:
     """Give a model on the meta device its weights, one stored tensor after another.
 
     dtype       of everything that is not quantized
     bits        8 or 4: linear layers become INT8/INT4, from float weights or from weights stored so
     device_map  module -> device, "" for all; the CPU where there is none
+    group       of INT4: columns that share a scale and a zero point; 0 for a scale per row
     GLMError for a tensor of another shape than the model has.
     """
     import torch
 
+    from .. import groupwise
     from ..models import released
-    from ..quantization import RowwiseLinear, quantize_weight, replace_linears
+    from ..quantization import RowwiseLinear, replace_linears
 
-    if bits:
+    if group:
+        groupwise.replace_linears(model, group)
+    elif bits:
         replace_linears(model, bits, quantized_embeddings, dtype)
     modules: dict[str, Any] = dict(model.named_modules())
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -459,19 +483,19 @@ def fill(
             owner, leaf = target.rsplit(".", 1)
             device = device_of(target)
             if isinstance(modules[owner], RowwiseLinear) and leaf == "weight" and part.is_floating_point():
-                codes, scale = quantize_weight(part.to(device), bits)
-                put(target, codes)
-                put(f"{target}_scale", scale)
+                for made, codes in groupwise.coded(modules[owner], part.to(device)).items():
+                    put(f"{owner}.{made}", codes)
                 continue
             if tuple(part.shape) != expected[target]:
                 raise GLMError(
                     f"{name} has the shape {tuple(part.shape)}, config.json says {expected[target]}.",
                     "config.json and the weights are of different models; copy both from the same place.",
                 )
-            kept = leaf == "weight_scale" or not part.is_floating_point()  # scales are part of the format
+            # Scales and zero points are part of the format.
+            kept = leaf in groupwise.SCALES or not part.is_floating_point()
             chosen = part.dtype if kept else torch.float32 if wide(target) else dtype
             put(target, part.to(device, chosen, copy=True))
-    if quantized_embeddings and bits:
+    if quantized_embeddings and bits and not group:
         embedding: Any = model.get_input_embeddings()
         model.set_output_embeddings(embedding.head())
     elif tied:
@@ -503,13 +527,15 @@ def _native_model(info: CheckpointInfo, stored: Mapping[str, Stored], dtype: tor
     from transformers import AutoConfig, AutoModelForCausalLM
 
     method = (read_config(info.path).get("quantization_config") or {}).get("quant_method")
-    if method:
+    if method and method != GROUP_METHOD:
         raise GLMError(
             f"{info.name} is stored quantized by {method}, which is not read here.",
             "Choose its edition with float weights; INT8 and INT4 are made from it while it is loaded.",
         )
     try:
         config = AutoConfig.from_pretrained(str(info.path), local_files_only=True)
+        if method:
+            del config.quantization_config
         with _building, init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             if _untied(model, stored):
@@ -559,11 +585,13 @@ def _converted(
     info: CheckpointInfo,
     dtype: torch.dtype,
     bits: int,
+    group: int = 0,
 ) -> tuple[PreTrainedModel, LoadReport]:
     """The model where its files have other names than its class has now, experts one by one for example."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    from .. import groupwise
     from ..quantization import quantize
 
     # Codes are made from the numbers as stored; rounded to bf16 before, one in a hundred would come out otherwise.
@@ -583,10 +611,10 @@ def _converted(
             "config.json and the weights are of different models; copy both from the same place.",
         )
     if bits:
-        quantize(model, bits)
+        groupwise.quantize(model, group) if group else quantize(model, bits)
         wide = _kept_wide(model, dtype)
         for name, tensor in model.named_parameters():  # not .to(), which would round the rotary table as well
-            if tensor.is_floating_point() and not name.endswith(".weight_scale"):
+            if tensor.is_floating_point() and not name.endswith(groupwise.SCALES):
                 tensor.data = tensor.data.to(torch.float32 if wide(name) else dtype)
     return model, LoadReport(
         tuple(sorted(model.state_dict())),
@@ -772,6 +800,22 @@ def _hardly_quantized(model: Any, info: CheckpointInfo) -> tuple[str, ...]:
     return (
         f"INT{layers[0].bits} holds {coded / (coded + kept):.0%} of the weights of {info.name}; "
         "the rest is no linear layer or the embedding, and takes two bytes each.",
+    )
+
+
+def _other_groups(model: Any, info: CheckpointInfo, precision: str) -> tuple[str, ...]:
+    """A note where columns that a group does not divide have a smaller one, or a scale per row."""
+    from ..groupwise import fallbacks
+
+    group = info.group or GROUPED.get(precision, 0)  # type: ignore[call-overload]
+    if not group:
+        return ()
+    smaller, rows, every = fallbacks(model, group)
+    if not smaller and not rows:
+        return ()
+    return (
+        f"Groups of {group} columns do not divide every row of {info.name}: of its {every} layers {smaller} have smaller "
+        f"groups and {rows} a scale per row.",
     )
 
 

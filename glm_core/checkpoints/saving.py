@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GLMError
 from ..weights import read_json, tensors, weight_files
-from .inspecting import PREFIX_KEYS, UNFINISHED, CheckpointInfo, generation_of, read_config
+from .inspecting import (
+    GROUP_METHOD,
+    PREFIX_KEYS,
+    UNFINISHED,
+    CheckpointInfo,
+    code_bits,
+    generation_of,
+    read_config,
+)
 from .loading import LoadedModel, Progress, base_of, load
 
 if TYPE_CHECKING:
@@ -27,13 +35,26 @@ SHARD_BYTES = 2 << 30
 BESIDE = ("tokenizer.model", "ice_text.model", "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json",
           "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "generation_config.json")  # fmt: skip
 # What an interrupted save may have left, and the next one to the same place may delete.
-OWN = (*BESIDE, "config.json", "*.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+OWN = (*BESIDE, "config.json", "README.md", "*.safetensors", "model.safetensors.index.json",
+       "pytorch_model.bin")  # fmt: skip
+GROUPED_README = """# INT4 in groups of {group} columns
+
+Written by GLM Workbench, which alone reads it: other programs know neither the names nor the layout of these weights.
+To use the model elsewhere, convert the float checkpoint that this one was made from (INT4 with a scale per row is the
+format of the published ChatGLM checkpoints).
+
+Of every linear layer `weight` (rows, columns / 2) holds two codes of 4 bits in a byte, the even column in the high
+half, in two's complement; `weight_scale` and `weight_zero` (rows, columns / {group}) are fp16. A weight is
+code * scale + zero. Where {group} does not divide the columns the group is the next smaller of 64 and 32 that does; where
+none does, `weight_scale` (rows) is the only one and a weight is code * scale.
+"""
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def save(loaded: LoadedModel, folder: str | Path, progress: Progress | None = None) -> Path:
     """Write a loaded model in the released layout of its family: names, shapes and config.json as published.
 
+    INT4 in groups has no published layout; its names and shapes are our own, as the README.md that goes with it says.
     A prefix that came in a whole checkpoint is written with it. LoRA layers are to be merged first (`merge`).
     GLMError if the folder exists and is not empty.
     """
@@ -47,10 +68,11 @@ def save(loaded: LoadedModel, folder: str | Path, progress: Progress | None = No
         )
     config = read_config(source.path)
     config.pop("auto_map", None)  # points at code that this product never runs
-    bits = source.bits or (
-        int(loaded.precision.removeprefix("int")) if loaded.precision.startswith("int") else 0
-    )
-    if bits:
+    bits, group = (source.bits, source.group) if source.bits else code_bits(loaded.precision)
+    if group:
+        config.pop("quantization_bit", None)
+        config["quantization_config"] = {"quant_method": GROUP_METHOD, "bits": bits, "group_size": group}
+    elif bits:
         config["quantization_bit"] = bits
         if source.architecture == "chatglm":
             config.setdefault("quantization_embeddings", False)
@@ -63,8 +85,9 @@ def save(loaded: LoadedModel, folder: str | Path, progress: Progress | None = No
     if loaded.prefix is not None:
         weights = chain(weights, loaded.prefix.released_state().items())
     return write(
-        folder, weights, config, source.path, progress, loaded.weight_bytes, _told(loaded, source, config)
-    )
+        folder, weights, config, source.path, progress, loaded.weight_bytes, _told(loaded, source, config),
+        GROUPED_README.format(group=group) if group else "",
+    )  # fmt: skip
 
 
 def _told(loaded: LoadedModel, source: CheckpointInfo, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -184,11 +207,13 @@ def export(path: str | Path, folder: str | Path, progress: Progress | None = Non
 def write(
     folder: str | Path, state: Iterable[tuple[str, Tensor]], config: dict[str, Any], beside: Path,
     progress: Progress | None = None, total: int = 0, tokenizer_config: dict[str, Any] | None = None,
+    readme: str = "",
 ) -> Path:  # fmt: skip
     """config.json, shards of safetensors with their index, and the tokenizer's files copied from `beside`.
 
     total             bytes of the weights, where known: a disk with less room is refused before anything is written
     tokenizer_config  in place of the copied tokenizer_config.json
+    readme            what README.md is to say
     GLMError where the folder exists and is not empty, or cannot be written.
     """
     from safetensors import SafetensorError
@@ -223,6 +248,8 @@ def write(
                 shutil.copyfile(beside / name, partial / name)
         if tokenizer_config is not None:
             _write_json(partial / "tokenizer_config.json", tokenizer_config)
+        if readme:
+            (partial / "README.md").write_text(readme, encoding="utf-8")
         _write_json(partial / "config.json", config)
     return Path(folder).expanduser().resolve()
 

@@ -93,6 +93,14 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
         from .serve import serve
 
         return serve
+    if name == "remotes":
+        from .remotes import remotes
+
+        return remotes
+    if name == "users":
+        from .users import users
+
+        return users
     from .doctor import doctor
 
     return doctor

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from .. import __version__
 from .output import PROGRAM
 
-STORED = ("fp32", "bf16", "fp16", "int8", "int4")
+# int4-g32 and so on: INT4 with a scale for so many columns
+STORED = ("fp32", "bf16", "fp16", "int8", "int4", "int4-g32", "int4-g64", "int4-g128")
 PRECISIONS = (*STORED, "int8-dynamic")
 SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
 FORMATS: dict[str, Literal["csv", "xlsx", "jsonl", "parquet"]] = {
@@ -24,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     """All commands and their options; imports nothing heavy."""
     top = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Talk to a GLM, label a table with it, see what is there. Nothing leaves this machine.",
+        description="Talk to a GLM, label a table with it, see what is there. Nothing leaves this machine, unless --model names a server.",
         epilog="Exit status: 0 done, 1 a problem, 2 wrong usage, 3 some rows failed, 130 interrupted.",
         allow_abbrev=False,
     )
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--output-column", type=_text, default="answer", metavar="NAME", help="default: answer")
     _model_options(one)
+    _cluster_options(one)
     _sampling_options(one, "greedy")
     one.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
     one.add_argument("--sheet", help="sheet of a workbook; default: the first")
@@ -61,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--restart", action="store_true", help="begin anew instead of going on")
     one.add_argument("--retry-failed", action="store_true", help="answer a finished job's failed rows anew")
     one.add_argument("--no-guard", action="store_true", help="CSV for machines: leave = + - @ as they are")
+    _owner_option(one)
 
     _classify(commands)
     one = _command(
@@ -97,6 +100,8 @@ def parser() -> argparse.ArgumentParser:
     _evaluate(commands)
     _memory(commands)
     _serve(commands)
+    _users(commands)
+    _remotes(commands)
     one = _command(commands, "doctor", "what is installed, what is missing, how to get it", "")
     one.add_argument("--json", action="store_true", help="for programs")
     return top
@@ -161,6 +166,10 @@ def _finetune(commands: Any) -> None:
         "--ptuning_checkpoint", metavar="FOLDER", help="an adapter to go on from, or to predict with"
     )
     model.add_argument("--quantization_bit", type=int, choices=(4, 8))
+    model.add_argument(
+        "--quantization_group", type=int, choices=(32, 64, 128),
+        help="of --quantization_bit 4: columns that share a scale; default: all of a row",
+    )  # fmt: skip
     model.add_argument("--fp16", action="store_true")
     model.add_argument("--bf16", action="store_true")
     model.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -226,6 +235,7 @@ def _evaluate(commands: Any) -> None:
     one.add_argument("--encoding", help="such as utf-8 or gb18030; default: found out")
     one.add_argument("--delimiter", type=_delimiter, help="one character, or tab; default: found out")
     one.add_argument("--on-bad-rows", choices=("stop", "skip", "join"), default="stop", help="default: stop")
+    _owner_option(one)
 
     one = _command(
         commands, "compare", "which of two runs is better, and whether that is certain",
@@ -250,6 +260,7 @@ def _memory(commands: Any) -> None:
         help="chatglm-6b, chatglm2-6b, chatglm3-6b, glm-4-9b, a folder or a checkpoint's name; default: the embedded model",
     )  # fmt: skip
     one.add_argument("--base", metavar="PATH", help="the checkpoint under an adapter that is measured")
+    _owner_option(one)
     one.add_argument("--precision", type=_names, default=(), metavar="A,B", help="default: all")
     one.add_argument(
         "--context", type=_counts, default=(), metavar="N,M", help="tokens of a row; default: 2048"
@@ -355,6 +366,7 @@ def _classify(commands: Any) -> None:
     one.add_argument("--output-column", type=_text, default="label", metavar="NAME", help="default: label")
     one.add_argument("--json", action="store_true", help="for programs")
     _model_options(one)
+    _cluster_options(one)
     one.add_argument("--limit", type=_positive, metavar="N", help="only the first N rows")
     one.add_argument("--sheet", help="sheet of a workbook; default: the first")
     one.add_argument("--encoding", help="such as utf-8 or gb18030; default: found out")
@@ -363,6 +375,68 @@ def _classify(commands: Any) -> None:
     one.add_argument("--restart", action="store_true", help="begin anew instead of going on")
     one.add_argument("--retry-failed", action="store_true", help="label a finished job's failed rows anew")
     one.add_argument("--no-guard", action="store_true", help="CSV for machines: leave = + - @ as they are")
+    _owner_option(one)
+
+
+def _users(commands: Any) -> None:
+    one = _command(
+        commands, "users", "who may log in to the pages of this workspace",
+        "As soon as there is one, every page asks for a name and a password.",
+    )  # fmt: skip
+    does = one.add_subparsers(dest="does", required=True, metavar="add | list | remove | passwd")
+    for name, what in (
+        ("add", "add a user; the password is typed, or the first line of standard input"),
+        ("passwd", "give a user another password"),
+        ("remove", "take a user away; what the user made stays, seen by administrators"),
+    ):
+        two = _command(does, name, what, "")
+        two.add_argument("name", type=_text, metavar="NAME")
+        if name == "add":
+            two.add_argument(
+                "--admin", action="store_true",
+                help="sees the whole queue, changes the model, trains, opens files by path",
+            )  # fmt: skip
+        if name == "remove":
+            two.add_argument("--data", action="store_true", help="delete what the user made as well")
+    two = _command(does, "list", "who there is", "")
+    two.add_argument("--json", action="store_true", help="for programs")
+
+
+def _remotes(commands: Any) -> None:
+    one = _command(
+        commands, "remotes", "models on servers that speak the OpenAI protocol",
+        "Without a word more it lists them. A key is never stored: only the name of the variable that holds it.",
+    )  # fmt: skip
+    one.add_argument("--json", action="store_true", help="for programs")
+    does = one.add_subparsers(dest="does", metavar="add | test | remove")
+    two = _command(does, "add", "keep a server under a name", "It is tested first.")
+    two.add_argument("name", type=_text, metavar="NAME")
+    two.add_argument("--url", type=_text, required=True, metavar="URL", help="such as http://host:8000/v1")
+    two.add_argument("--model", type=_text, default="", metavar="NAME", help="default: the only one there is")
+    two.add_argument(
+        "--key-env", metavar="NAME", help="variable or secret with the key; default: GLM_REMOTE_KEY"
+    )
+    two.add_argument("--concurrency", type=_positive, metavar="N", help="requests at a time; default: 16")
+    two.add_argument("--tries", type=_positive, metavar="N", help="per row; default: 6")
+    two.add_argument("--timeout", type=float, metavar="S", help="seconds for an answer; default: 300")
+    two.add_argument(
+        "--patience", type=float, metavar="S", help="seconds for a server that is gone; default: 300"
+    )
+    two.add_argument("--replace", action="store_true", help="where the name is in use")
+    two.add_argument("--no-test", action="store_true", help="the server need not be there now")
+    two = _command(does, "test", "what a server can do", "")
+    two.add_argument("name", type=_text, metavar="NAME", help="or an address: http://host:8000/v1#model")
+    two.add_argument("--key-env", metavar="NAME", help="default: GLM_REMOTE_KEY")
+    two.add_argument("--json", action="store_true", help="for programs")
+    two = _command(does, "remove", "forget a server", "Its jobs keep what they have.")
+    two.add_argument("name", type=_text, metavar="NAME")
+
+
+def _owner_option(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "--owner", type=_text, default="", metavar="NAME",
+        help="the user who is to see the job on the pages, where there are users",
+    )  # fmt: skip
 
 
 def _command(commands: Any, name: str, does: str, more: str) -> argparse.ArgumentParser:
@@ -383,6 +457,33 @@ def _model_options(one: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
     group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     group.add_argument("--system", type=_text, default="", metavar="TEXT", help="the system prompt")
+    group = one.add_argument_group(
+        "a model on a server",
+        "--model remote:NAME, or --model http://host:8000/v1#model; texts are sent there",
+    )
+    group.add_argument(
+        "--key-env", metavar="NAME",
+        help="environment variable or Streamlit secret with the key; default: GLM_REMOTE_KEY",
+    )  # fmt: skip
+    group.add_argument(
+        "--concurrency", type=_positive, metavar="N", help="requests on their way at a time; default: 16"
+    )
+
+
+def _cluster_options(one: argparse.ArgumentParser) -> None:
+    group = one.add_argument_group(
+        "where",
+        "one worker per GPU or per share of processors; checkpoint and packages have to be on every node",
+    )
+    group.add_argument(
+        "--engine", choices=("local", "ray"), default="local", help="this process (default), or Ray"
+    )
+    group.add_argument(
+        "--address", type=_text, metavar="HOST:PORT",
+        help="a Ray cluster that runs; default: one of its own on this machine, which ends with the job",
+    )  # fmt: skip
+    group.add_argument("--workers", type=_positive, metavar="N", help="default: as many as fit")
+    group.add_argument("--cpus-per-worker", type=float, metavar="N", help="default: an equal share")
 
 
 def _sampling_options(one: argparse.ArgumentParser, default: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GLMError
 from .arguments import FORMATS
 from .job import carried_out, opened_store, reading, writable
-from .model import chosen, settings_of
+from .model import chosen, settings_of, tokenizer_of, where
 from .output import INTERRUPTED, SOME_ROWS_FAILED, say
 
 if TYPE_CHECKING:
@@ -21,17 +20,18 @@ def batch(options: argparse.Namespace) -> int:
     """Answer every row of a table as a durable job and write the result; 3 if rows failed."""
     from .. import batch as work
     from .. import tables
+    from ..remote import shown
     from ..tables.options import plural
 
     out = writable(options.out, options.file)
-    store, how = opened_store(), reading(options)
+    store, how = opened_store(options.owner), reading(options)
     table = tables.open_table(options.file, how)
     task = _task(options, table.info.columns, how.to_json())
 
     def begin() -> Job:
         say(f"Reading {table.info.name} ...")
         job = work.start(store, task, table)
-        say(f"Job {job.id}: {job.total:,} rows for {Path(task.checkpoint).name}.")
+        say(f"Job {job.id}: {job.total:,} rows for {shown(task.checkpoint)}.")
         return job
 
     job = carried_out(options, store, "batch", task.to_json(), begin, work.run, "answered")
@@ -51,7 +51,6 @@ def batch(options: argparse.Namespace) -> int:
 def _task(options: argparse.Namespace, columns: tuple[str, ...], read_options: dict[str, Any]) -> BatchTask:
     """The task, checked against table and checkpoint before anything is stored; GLMError where it fails."""
     from .. import batch as work
-    from .. import checkpoints
 
     if options.column is not None and options.column not in columns:
         raise GLMError(
@@ -61,10 +60,12 @@ def _task(options: argparse.Namespace, columns: tuple[str, ...], read_options: d
     template = options.prompt if options.column is None else work.reference(options.column, columns)
     under, model = chosen(options)
     settings = settings_of(options, {}, under.context)
-    tokenizer = checkpoints.load_tokenizer(under.path, under.generation)
-    work.Prompts(tokenizer, template, options.system, columns, under.context, settings.max_new_tokens)
+    work.Prompts(
+        tokenizer_of(under), template, options.system, columns, under.context, settings.max_new_tokens
+    )
     return work.BatchTask(
         **model,
+        **where(options, model),
         template=template,
         system=options.system,
         settings=settings,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import GLMError
-from .model import asked, folder_of, own_model, settings_of
+from .model import asked, connected, folder_of, own_model, settings_of
 from .output import FAILED, INTERRUPTED, printable, say
 
 if TYPE_CHECKING:
@@ -20,23 +21,25 @@ if TYPE_CHECKING:
 def chat(options: argparse.Namespace) -> int:
     """Answer one question, or those typed or piped in; 1 if a piped question could not be answered."""
     from ..engine import GenerationSettings
+    from ..remote import is_remote
 
     GenerationSettings.from_json(asked(options)).check()  # before a large model is loaded for nothing
-    folder = folder_of(options.model)
+    on_server = options.model is not None and is_remote(options.model)
+    folder = None if on_server else folder_of(options.model)
     once = options.prompt is not None
     typed = not once and sys.stdin.isatty()
-    with own_model() as host:
-        if typed:
-            say(f"Loading {folder.name} ...")
-        engine = host.use(folder, options.precision, options.device, base=options.base)
+    with _engine(options, folder, typed) as engine:
         settings = settings_of(options, engine.loaded.defaults, engine.context)
         talk = _Talk(engine, settings, options.system, typed)
         if once:
             return INTERRUPTED if talk.ask(options.prompt).state == "cancelled" else 0
         if typed:
             info = engine.loaded.info
-            what = f"{info.name}: {info.family}, {engine.loaded.precision} on {engine.device}"
-            say(f"{what}, {engine.context:,} tokens of context.")
+            if engine.remote is not None:
+                say(f"{engine.remote.model} at {engine.remote.url}: what you type is sent there.")
+            else:
+                what = f"{info.name}: {info.family}, {engine.loaded.precision} on {engine.device}"
+                say(f"{what}, {engine.context:,} tokens of context.")
             say("clear starts over, stop ends, Ctrl-C stops an answer.")
         status = 0
         for question in _questions(typed):
@@ -52,6 +55,19 @@ def chat(options: argparse.Namespace) -> int:
                 say(f"Error: {error}")
                 status = status if typed else FAILED
         return status
+
+
+@contextmanager
+def _engine(options: argparse.Namespace, folder: Path | None, typed: bool) -> Iterator[Engine]:
+    """The model that answers: of a folder, or where there is none the server that --model names."""
+    if folder is None:
+        with connected(options) as engine:
+            yield engine
+        return
+    with own_model() as host:
+        if typed:
+            say(f"Loading {folder.name} ...")
+        yield host.use(folder, options.precision, options.device, base=options.base)
 
 
 def _questions(typed: bool) -> Iterator[str]:
@@ -108,6 +124,8 @@ class _Talk:
             notes.append(f"{rounds} at the beginning no longer fit and were not sent")
         if self.typed or notes:
             used = f"{plan.used + handle.n_tokens:,} of {plan.limit:,} tokens of context"
+            if self.engine.remote is not None:
+                used = f"{handle.n_prompt:,} + {handle.n_tokens:,} tokens, as the server counts"
             say(f"[{'; '.join([used, f'{handle.tokens_per_second:.1f} tokens/s', *notes])}]")
         return handle
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GLMError
 from .arguments import FORMATS
 from .job import carried_out, opened_store, reading, writable
-from .model import chosen
+from .model import chosen, connected, where
 from .output import INTERRUPTED, SOME_ROWS_FAILED, json_text, printable, say
 
 if TYPE_CHECKING:
@@ -20,6 +19,12 @@ if TYPE_CHECKING:
     from ..statistics import Interval
     from ..tables import Table
 
+WAYS = {
+    "classify": "scored by the server, label by label",
+    "echo": "from the server's log-probabilities of each label",
+    "first": "from the server's likeliest first tokens; what is outside them counts as outside",
+    "greedy": "none, this server gives none; a label is what the model wrote",
+}
 MOST_VALUES = 10  # named in a line
 DRAWN = 4_000_000  # rows over all resamples of an interval
 RESAMPLES = (200, 2000)
@@ -29,10 +34,11 @@ def classify(options: argparse.Namespace) -> int:
     """Label every row of a table as a durable job and write the result; 3 if rows failed."""
     from .. import classify as work
     from .. import tables
+    from ..remote import shown
     from ..tables.options import plural
 
     out = writable(options.out, options.file)
-    store, how = opened_store(), reading(options)
+    store, how = opened_store(options.owner), reading(options)
     table = tables.open_table(options.file, how)
     task = _task(options, table.info.columns, how.to_json())
     gold = _gold(options, table, task) if options.gold is not None else None
@@ -40,7 +46,9 @@ def classify(options: argparse.Namespace) -> int:
     def begin() -> Job:
         say(f"Reading {table.info.name} ...")
         job = work.start(store, task, table)
-        say(f"Job {job.id}: {job.total:,} rows for {Path(task.checkpoint).name}.")
+        say(f"Job {job.id}: {job.total:,} rows for {shown(task.checkpoint)}.")
+        if way := task.remote.get("labels"):
+            say(f"Probabilities: {WAYS[way]}.")
         return job
 
     job = carried_out(options, store, "classify", task.to_json(), begin, work.run, "labelled")
@@ -61,6 +69,14 @@ def classify(options: argparse.Namespace) -> int:
         say("The columns status and reason say which rows failed and why; --retry-failed tries them again.")
         return SOME_ROWS_FAILED
     return 0
+
+
+def _way(options: argparse.Namespace, labels: tuple[Label, ...]) -> str:
+    """Where the probabilities of these labels will come from on the server that --model names."""
+    from ..remote.labels import way_for
+
+    with connected(options) as engine:
+        return way_for(engine, True, [label.written for label in labels])
 
 
 def _labels(text: str) -> tuple[Label, ...]:
@@ -97,8 +113,11 @@ def _task(options: argparse.Namespace, columns: tuple[str, ...], read_options: d
             template = f"评论：{template}" if asked_in_chinese else f"Comment: {template}"
     names = [label.name for label in labels]
     _, model = chosen(options)
+    if "remote" in model:
+        model["remote"]["labels"] = _way(options, labels)
     task = work.LabelTask(
         **model,
+        **where(options, model),
         template=template,
         columns=columns,
         labels=labels,
@@ -183,7 +202,8 @@ def _summary(
         "shortened": job.truncated,
         "labels": {name: counts[name] for name in names},
         "to_review": review,
-        "greedy_agreement": greedy / job.done if job.done else None,
+        # Where the label is the free answer itself, agreement says nothing.
+        "greedy_agreement": greedy / job.done if job.done and task.remote.get("labels") != "greedy" else None,
     }
     if gold is None:
         return found
@@ -211,7 +231,8 @@ def _scores(
 
     size, n = len(task.labels), len(truth)
     correct, given = np.array(truth, dtype=np.int64), np.array(answers, dtype=np.int64)
-    shares = np.array(probability, dtype=np.float64).reshape(n, size)
+    bare = any(not one for one in probability)  # a server that gives no probabilities
+    shares = np.zeros((n, size)) if bare else np.array(probability, dtype=np.float64).reshape(n, size)
     positive = [task.names.index(task.positive)] if task.positive else range(size)
     right = shares.argmax(axis=1) == correct if n else correct == given
     sure = shares.max(axis=1) if n else np.zeros(0)
@@ -232,7 +253,7 @@ def _scores(
 
     resamples = max(RESAMPLES[0], min(RESAMPLES[1], DRAWN // max(1, n)))
     found = {"accuracy": statistics.wilson(int((correct == given).sum()), n)}
-    for name, statistic in (("macro-f1", macro_f1), ("roc-auc", area), ("ece", error)):
+    for name, statistic in (("macro-f1", macro_f1), ("roc-auc", area), ("ece", error))[: 1 if bare else 3]:
         found[name] = statistics.bootstrap(n, statistic, resamples=resamples)
     return found
 

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from ..statistics import Interval
 
 # What two tasks may differ in and still be the same work.
-NOT_THE_TASK = ("versions", "input_name", "input_path", "group", "step")
+NOT_THE_TASK = ("versions", "input_name", "input_path", "group", "step", "remote")
 MOST_RUNS = 4
 SCORES, ROWS, PREDICTIONS = "scores.json", "rows.csv", "generated_predictions.txt"
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """Score a checkpoint or predictions on a labelled file, or list the runs; 3 if rows failed."""
-    store = opened_store()
+    store = opened_store(options.owner)
     if options.list:
         return _list(store, options.json)
     if options.predictions is not None and options.file is not None:
@@ -71,12 +71,13 @@ def _imported(store: JobStore, options: argparse.Namespace) -> Run:
 def _asked(store: JobStore, options: argparse.Namespace) -> Run | None:
     """The run of a checkpoint, gone on with where there is one already; None where it was interrupted."""
     from .. import evaluate as work
+    from ..remote import shown
 
     task = _task(options)
 
     def begin() -> Job:
         job = work.start(store, task, options.title)
-        say(f"Run {job.id}: {job.total:,} rows of kind {task.kind} for {Path(task.checkpoint).name}.")
+        say(f"Run {job.id}: {job.total:,} rows of kind {task.kind} for {shown(task.checkpoint)}.")
         return job
 
     plain = json.loads(json.dumps(task.to_json()))
@@ -90,6 +91,7 @@ def _task(options: argparse.Namespace) -> EvaluationTask:
     from .. import evaluate as work
     from ..engine import GenerationSettings
     from ..evaluate.task import LONGEST
+    from ..remote import is_remote
 
     task = work.plan(
         options.file,
@@ -110,12 +112,15 @@ def _task(options: argparse.Namespace) -> EvaluationTask:
     settings.check()
     from dataclasses import replace
 
+    on_server = options.model is not None and is_remote(options.model)
     return work.with_model(
         replace(task, settings=settings),
-        folder_of(options.model),
+        options.model if on_server else folder_of(options.model),
         options.base,
         options.precision,
         options.device,
+        concurrency=options.concurrency,
+        key_env=options.key_env or "",
     )
 
 
@@ -179,13 +184,15 @@ def _list(store: JobStore, as_json: bool) -> int:
 
 
 def _brief(run: Run) -> dict[str, Any]:
+    from ..remote import shown
+
     return {
         "id": run.id,
         "title": run.title,
         "state": run.state,
         "kind": run.task.kind,
         "method": run.task.method,
-        "checkpoint": Path(run.task.checkpoint).name,
+        "checkpoint": shown(run.task.checkpoint),
         "file": run.task.input_name,
         "rows": run.job.total,
         "tags": list(run.tags),

@@ -128,6 +128,12 @@ def _plan(options: argparse.Namespace, parameters: int) -> Plan:
 
 
 def _precision(options: argparse.Namespace) -> str:
+    if options.quantization_group:
+        if options.quantization_bit != 4:
+            raise GLMError(
+                "--quantization_group is for weights of 4 bits.", "Give --quantization_bit 4 as well."
+            )
+        return f"int4-g{options.quantization_group}"
     if options.quantization_bit:
         return f"int{options.quantization_bit}"
     if options.bf16:

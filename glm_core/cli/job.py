@@ -27,20 +27,30 @@ if TYPE_CHECKING:
     from ..tables import ReadOptions
 
 # What two tasks may differ in and still be the same work: where the file was, and what is installed.
-NOT_THE_TASK = ("versions", "input_name", "input_path")
+# A server's record has the time it was asked; its address and model are in the fingerprint.
+WHERE = ("engine", "address", "workers", "cpus_per_worker")  # rows are done: here, or on which cluster
+NOT_THE_TASK = ("versions", "input_name", "input_path", "remote", *WHERE, "nodes")
 POLL_S = 0.1
 PLAIN_LINES_S = 10.0  # between two lines of progress where there is no terminal
 
 
-def opened_store() -> JobStore:
-    """The jobs of this workspace; one whose process was killed is nobody's now, and can be taken over."""
-    from .. import jobs
+def opened_store(owner: str = "") -> JobStore:
+    """The jobs of this workspace; one whose process was killed is nobody's now, and can be taken over.
+
+    owner   whose new jobs are, where several people share the workspace
+    """
+    from .. import access, jobs
 
     settings = Settings.read()
     settings.make_folders()
     store = jobs.store(settings)
     store.recover()
-    return store
+    if not owner:
+        return store
+    users = access.users_of(settings).all()
+    if users and owner not in users and "@" not in owner:
+        raise GLMError(f"There is no user {owner!r}.", f"There are: {', '.join(users)}.")
+    return store.seen_by(access.Person(owner, "admin"))
 
 
 def reading(options: argparse.Namespace) -> ReadOptions:
@@ -95,6 +105,8 @@ def carried_out(
     elif job.state == "done":
         say(f"Job {job.id} has {done} these rows already; --restart would do it anew.")
     else:
+        if job.state != "running":
+            store.amend(job.id, {name: task[name] for name in WHERE if name in task})
         if job.state in ("paused", "failed", "cancelled"):
             job = store.resume(job.id)
         where = "is run by another process; this is how far it is" if job.state == "running" else "goes on"
@@ -120,7 +132,11 @@ def _earlier(store: JobStore, kind: str, task: Mapping[str, Any], apart: Collect
         return json.dumps({k: v for k, v in values.items() if k not in apart}, sort_keys=True)
 
     wanted = key(task)
-    same = [job for job in store.list(100_000, kind) if job.complete and key(job.task) == wanted]
+    same = [
+        job
+        for job in store.list(100_000, kind)
+        if job.complete and job.user == store.person.name and key(job.task) == wanted
+    ]
     return max(same, key=lambda job: job.created, default=None)  # ids of one second are in no order
 
 
@@ -140,7 +156,9 @@ def follow(store: JobStore, job_id: str, kind: str, run: Runner) -> tuple[Job, b
                     meter.show(store.progress(job_id), last=True)
                     return job, pausing
                 if not alive and (claimed := store.claim((kind,), worker.owner, job_id)):
-                    thread = threading.Thread(target=worker.run, args=(claimed,), daemon=True)
+                    thread = threading.Thread(
+                        target=worker.run, args=(claimed,), name="glm-job-run", daemon=True
+                    )
                     thread.start()
                 if worker.problem:  # such as a full disk, which cannot even store that the job has stopped
                     worker.stop()

@@ -84,10 +84,10 @@ def _gib(count: float) -> str:
 def _print(of: Shape, found: list[Prediction], device: str) -> None:
     names = list(dict.fromkeys(part for one in found for part in one.parts))
     print(f"{printable(of.name)} ({of.family}), {of.parameters:,} parameters. Predicted GiB on {device}:")
-    print("  ".join(["level ", "context", "batch", *(f"{name:>11}" for name in names), "      total"]))
+    print("  ".join(["level       ", "context", "batch", *(f"{name:>11}" for name in names), "      total"]))
     for one in found:
         cells = [f"{_gib(one.parts.get(name, 0)):>11}" for name in names]
-        row = [f"{one.precision:6}", f"{one.context:7,}", f"{one.batch:5}", *cells, f"{_gib(one.total):>11}"]
+        row = [f"{one.precision:12}", f"{one.context:7,}", f"{one.batch:5}", *cells, f"{_gib(one.total):>11}"]
         print("  ".join(row))
 
 
@@ -130,7 +130,7 @@ def _measure(options: argparse.Namespace) -> int:
         folder_of(options.model), options.precision, options.context, options.batch, options.device,
         base=options.base,
     )  # fmt: skip
-    store = opened_store()
+    store = opened_store(options.owner)
 
     def begin() -> Job:
         job = work.start(store, task)

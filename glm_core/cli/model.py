@@ -19,13 +19,20 @@ LONGEST_ANSWER = 512
 if TYPE_CHECKING:
     from ..checkpoints import CheckpointInfo
     from ..engine import EngineHost, GenerationSettings
+    from ..remote import RemoteEngine
+    from ..tokenizers.base import Tokenizer
 
 
 def folder_of(named: str | None) -> Path:
     """The checkpoint meant by --model: a folder, or a name in the model folders; GLMError if neither."""
     from .. import checkpoints
+    from ..remote import is_remote
 
     hint = f"`{PROGRAM} models` lists the checkpoints found."
+    if named is not None and is_remote(named):
+        raise GLMError(
+            f"{named} is on a server; this needs weights on this machine.", f"Choose a checkpoint; {hint}"
+        )
     if named is None:
         if not (MINI / "config.json").is_file():
             raise GLMError(f"There is no embedded model in {MINI}.", f"Choose one with --model; {hint}")
@@ -42,7 +49,10 @@ def folder_of(named: str | None) -> Path:
 def chosen(options: argparse.Namespace) -> tuple[CheckpointInfo, dict[str, Any]]:
     """(the whole checkpoint under what was chosen, the values of a task that name model, precision and device)."""
     from .. import checkpoints
+    from ..remote import is_remote
 
+    if options.model is not None and is_remote(options.model):
+        return _on_server(options)
     folder = folder_of(options.model)
     info = checkpoints.inspect(folder)
     if info.problems:
@@ -59,6 +69,43 @@ def chosen(options: argparse.Namespace) -> tuple[CheckpointInfo, dict[str, Any]]
         "generation": under.generation,
         "base": str(under.path) if info.needs_base else "",
     }
+
+
+def _on_server(options: argparse.Namespace) -> tuple[CheckpointInfo, dict[str, Any]]:
+    from ..remote import info_of
+
+    with connected(options) as engine:
+        remote = engine.remote
+        return info_of(remote), {
+            "checkpoint": remote.spec,
+            "checkpoint_fingerprint": remote.fingerprint,
+            "precision": "remote",
+            "device": remote.host,
+            "generation": "remote",
+            "base": "",
+            "remote": engine.record(),
+        }
+
+
+@contextmanager
+def connected(options: argparse.Namespace) -> Iterator[RemoteEngine]:
+    """The server that --model names, for as long as it is needed. GLMError where it does not answer."""
+    from ..remote import connect, find
+
+    engine = connect(find(options.model, options.key_env or "", options.concurrency))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def tokenizer_of(info: CheckpointInfo) -> Tokenizer:
+    """What makes prompts for a checkpoint, on this machine or on a server."""
+    from .. import checkpoints
+    from ..remote import is_remote
+    from ..remote.engine import Characters
+
+    return Characters() if is_remote(info.path) else checkpoints.load_tokenizer(info.path, info.generation)
 
 
 @contextmanager
@@ -78,6 +125,24 @@ def own_model() -> Iterator[EngineHost]:
         if host.current is not before:
             with suppress(GLMError):
                 host.unload()
+
+
+def where(options: argparse.Namespace, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a task that say where its rows are done; GLMError for a cluster that cannot be."""
+    from .. import cluster
+
+    if options.engine == "local":
+        for name in cluster.WHERE[1:]:
+            if getattr(options, name):
+                raise GLMError(f"--{name.replace('_', '-')} is for a cluster.", "Add --engine ray.")
+        return {}
+    values = {name: getattr(options, name) for name in cluster.WHERE}
+    found = {name: value for name, value in values.items() if value}
+    cluster.check(
+        str(model["checkpoint"]),
+        found.get("address", ""), found.get("workers", 0), found.get("cpus_per_worker", 0.0),
+    )  # fmt: skip
+    return found
 
 
 def settings_of(options: argparse.Namespace, defaults: Mapping[str, Any], context: int) -> GenerationSettings:

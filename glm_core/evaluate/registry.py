@@ -187,6 +187,11 @@ def start_precisions(
     task = before.task
     if before.imported:
         raise GLMError("The predictions were made elsewhere.", "Choose a run of a checkpoint.")
+    if task.remote:
+        raise GLMError(
+            "The run is of a model on a server, whose precision is the server's.",
+            "Choose a run of a checkpoint.",
+        )
     alone = replace(task, group="", step=None)  # no step of the series the run may belong to
     tasks = [
         with_model(alone, task.checkpoint, task.base or None, one, device, task.generation)

@@ -87,6 +87,7 @@ class EvaluationTask:
     shot_rows       numbers of the rows of the file that are shown and therefore not asked
     extraction      what follows a chain of thought before the options are scored
     prediction      column of the predictions, where they were made elsewhere
+    remote          the address of the checkpoint where it is on a server, and how it is asked
     group, step     what a series of runs belongs to, such as a training, and the step of this one
     """
 
@@ -124,6 +125,7 @@ class EvaluationTask:
     generation: str = ""
     base: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    remote: dict[str, Any] = field(default_factory=dict)
     group: str = ""
     step: int | None = None
 
@@ -586,14 +588,20 @@ def with_model(
     precision: str = "auto",
     device: str = "auto",
     generation: str = "",
+    concurrency: int | None = None,
+    key_env: str = "",
 ) -> EvaluationTask:
     """The task with a checkpoint to ask, checked without loading its weights; GLMError where it cannot be asked.
 
-    base   of an adapter; default: what the adapter names
+    base                   of an adapter; default: what the adapter names
+    concurrency, key_env   of a server, in place of what is kept with its name
     """
     from .. import checkpoints
+    from ..remote import is_remote
     from .questions import Questions
 
+    if is_remote(checkpoint):
+        return _with_server(task, str(checkpoint), concurrency, key_env)
     folder = Path(checkpoint)
     info = checkpoints.inspect(folder)
     if info.problems:
@@ -619,6 +627,43 @@ def with_model(
     return found
 
 
+def _with_server(
+    task: EvaluationTask, spec: str, concurrency: int | None = None, key_env: str = ""
+) -> EvaluationTask:
+    """The task with a server's model to ask; GLMError where the server is not there or gives too little."""
+    from ..remote import connect, find
+    from ..remote.labels import way_for
+    from .questions import Questions
+
+    engine = connect(find(spec, key_env, concurrency))
+    try:
+        record = engine.record()
+        if task.method in ("likelihood", "chain"):
+            answers = list(task.labels or task.letters)
+            record["labels"] = way_for(engine, task.kind != "choice", answers)
+            if record["labels"] == "greedy":
+                raise GLMError(
+                    f"{engine.remote.label} gives no probabilities, so there is no likeliest answer to take.",
+                    "Let the model write its answer instead.",
+                )
+        remote, tokenizer, context = engine.remote, engine.tokenizer, engine.context
+    finally:
+        engine.close()
+    found = replace(
+        task,
+        checkpoint=remote.spec,
+        checkpoint_fingerprint=remote.fingerprint,
+        precision="remote",
+        device=remote.host,
+        generation="remote",
+        base="",
+        versions=batch.versions(),
+        remote=record,
+    )
+    Questions(tokenizer, found, context)
+    return found
+
+
 def same_question(a: EvaluationTask, b: EvaluationTask) -> list[str]:
     """What the prompts of two tasks differ in, as names of fields; empty where they are the same."""
     if "imported" in (a.method, b.method):
@@ -629,7 +674,9 @@ def same_question(a: EvaluationTask, b: EvaluationTask) -> list[str]:
 
 def differing(a: EvaluationTask, b: EvaluationTask) -> dict[str, tuple[Any, Any]]:
     """What two tasks differ in, by name; paths and what follows from other fields left out."""
-    left = {"input_path", "checkpoint_fingerprint", "read_options", "columns", "shot_rows"}
+    from ..remote import shown
+
+    left = {"input_path", "checkpoint_fingerprint", "read_options", "columns", "shot_rows", "remote"}
     found: dict[str, tuple[Any, Any]] = {}
     for one in fields(a):
         values = getattr(a, one.name), getattr(b, one.name)
@@ -643,7 +690,7 @@ def differing(a: EvaluationTask, b: EvaluationTask) -> dict[str, tuple[Any, Any]
                 if parts[0].get(key) != parts[1].get(key)
             }
         elif one.name in ("checkpoint", "base"):
-            found[one.name] = (Path(values[0]).name, Path(values[1]).name)
+            found[one.name] = (shown(values[0]), shown(values[1]))
         else:
             found[one.name] = values
     return found

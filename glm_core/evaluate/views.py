@@ -27,7 +27,7 @@ Order = Literal["worst", "best", "random", "file", "empty", "no answer", "trunca
 BINS = 20
 GROUPS = 4  # groups of equally many rows, where a column holds numbers or long texts
 MOST_KINDS = 60  # different values of a column that are groups of their own
-PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-dynamic", "int4")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int8-dynamic", "int4-g32", "int4-g64", "int4-g128", "int4")
 LONGEST_DIFF = 4000  # words of both texts together; a longer pair is shown without marks
 BLANK = "(blank)"
 

@@ -22,6 +22,7 @@ from .task import EvaluationTask, Left, rows_of
 
 if TYPE_CHECKING:
     from ..engine import Engine
+    from ..remote.labels import RemoteScorer
     from ..scoring import Scorer, Scores
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,9 @@ def title_of(task: EvaluationTask) -> str:
     """What a run is called where nobody named it: the checkpoint on the file."""
     if task.method == "imported":
         return task.input_name
-    return f"{Path(task.checkpoint).name} on {task.input_name}"
+    from ..remote import shown
+
+    return f"{shown(task.checkpoint)} on {task.input_name}"
 
 
 def _create(store: JobStore, task: EvaluationTask, title: str) -> Job:
@@ -140,7 +143,7 @@ class _Options:
 
     def __init__(self, task: EvaluationTask, engine: Engine, questions: Questions) -> None:
         self.task, self.engine, self.questions = task, engine, questions
-        self._scorers: dict[tuple[tuple[str, ...], tuple[int, ...]], Scorer] = {}
+        self._scorers: dict[tuple[tuple[str, ...], tuple[int, ...]], Scorer | RemoteScorer] = {}
 
     def of(self, cells: Sequence[str]) -> tuple[str, ...]:
         """The possible answers to a row."""
@@ -153,13 +156,11 @@ class _Options:
             if cells[task.columns.index(column)].strip()
         )
 
-    def scorer(self, options: tuple[str, ...], head: tuple[int, ...]) -> Scorer:
+    def scorer(self, options: tuple[str, ...], head: tuple[int, ...]) -> Scorer | RemoteScorer:
         """What scores these answers behind prompts that begin with these ids."""
-        from ..scoring import Scorer
-
         if (options, head) not in self._scorers:
             ids = [self.questions.answer_ids(one) for one in options]
-            self._scorers[options, head] = Scorer(self.engine, ids, head)
+            self._scorers[options, head] = self.engine.scorer(ids, head)
         return self._scorers[options, head]
 
 
@@ -226,7 +227,7 @@ class _Likelihood:
                 prompt.truncated,
                 round(seconds, 4),
                 len(prompt.ids),
-                error=OUT_OF_RANGE if failed else "",
+                error=(scores.error or OUT_OF_RANGE) if failed else "",
                 finished=time.time(),
             )
         )
@@ -278,5 +279,6 @@ class _Chain(Answering):
                     answer, values = _chosen(options, scores)
                     ready[idx] = replace(ready[idx], prediction=stored(answer, values, ready[idx].prediction))
                 else:
-                    ready[idx] = replace(ready[idx], status="failed", prediction="", error=OUT_OF_RANGE)
+                    error = scores.error or OUT_OF_RANGE
+                    ready[idx] = replace(ready[idx], status="failed", prediction="", error=error)
         return [ready.get(one.idx, one) for one in results]

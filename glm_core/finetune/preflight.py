@@ -240,7 +240,7 @@ def _little_memory(name: str, plan: Plan, need: int, free: int, device: str) -> 
     ways += ["lower token limits", "a smaller checkpoint"]
     if plan.method.kind in ("full", "freeze"):
         ways.insert(0, "lora instead")
-    elif plan.precision not in ("int4", "int8"):
+    elif not plan.precision.startswith("int"):
         ways.insert(0, "a lower precision")
     how = f"Choose one of these: {', '.join(ways)}; or close other programs."
     if need > free:
@@ -303,21 +303,21 @@ def _sizes(
     """From a model without values, built from the configuration; a problem instead where none can be."""
     import torch
 
-    from ..checkpoints import loading, read_config
+    from ..checkpoints import code_bits, loading, read_config
     from ..weights import listing, weight_files
     from .methods import _last_layers
 
     method = task.plan.method
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     dtype = dtype or devices.beside_codes(device)
-    bits = info.bits or {"int8": 8, "int4": 4}.get(precision, 0)
+    bits, group = (info.bits, info.group) if info.bits else code_bits(precision)
     try:
         raw = read_config(info.path)
         if info.architecture in loading.OWN:
             model: Any = loading.empty_model(info.architecture, raw, info.generation)
         else:
             model = loading._native_model(info, listing(weight_files(info.path)[0]), dtype)
-        weights = sum(loading._sizes(model, dtype, bits).values())
+        weights = sum(loading._sizes(model, dtype, bits, group).values())
         config = model.config
         heads = int(config.num_attention_heads)
         width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import secrets
 import sqlite3
@@ -14,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+from ..access.people import DEMO_JOBS, DEMO_ROWS, OPERATOR, Person, Right
 from ..errors import GLMError
 from .records import (
     BUSY_S,
@@ -33,6 +35,7 @@ from .records import (
 )
 
 RATE_WINDOW_S = 30.0
+OPEN = ("preparing", "queued", "running", "paused")
 FOREIGN_OWNER_S = 600.0  # silence after which a job of another host (an old container) counts as orphaned
 CRASHES = 3  # a job that took the process down this often without one finished row is not tried again
 
@@ -44,7 +47,8 @@ SCHEMA = (
         active_seconds REAL NOT NULL DEFAULT 0, attempt INT NOT NULL DEFAULT 0, owner TEXT NOT NULL,
         stop_request TEXT NOT NULL DEFAULT '', message TEXT NOT NULL DEFAULT '',
         warnings TEXT NOT NULL DEFAULT '[]', complete INT NOT NULL DEFAULT 0, run_started REAL,
-        marked REAL, crashes INT NOT NULL DEFAULT 0)""",
+        marked REAL, crashes INT NOT NULL DEFAULT 0, user TEXT NOT NULL DEFAULT '',
+        place INT NOT NULL DEFAULT 0)""",
     "CREATE INDEX IF NOT EXISTS job_state ON job(state, id)",
     """CREATE TABLE IF NOT EXISTS row(
         job_id TEXT, idx INT, cells TEXT NOT NULL, PRIMARY KEY(job_id, idx)) WITHOUT ROWID""",
@@ -57,6 +61,11 @@ SCHEMA = (
     "CREATE INDEX IF NOT EXISTS result_truncated ON result(job_id, idx) WHERE truncated = 1",
     "CREATE TABLE IF NOT EXISTS setting(key TEXT PRIMARY KEY, value TEXT NOT NULL)",
 )
+# Columns that databases of earlier versions have not, in the order they came.
+ADDED = (("job", "user", "TEXT NOT NULL DEFAULT ''"), ("job", "place", "INT NOT NULL DEFAULT 0"))
+IN_TURN = "place, id"  # the order in which queued jobs are run; `place` is 0 until somebody moves a job
+# Kinds of jobs that not everybody may start.
+NEEDS: dict[str, Right] = {"finetune": "finetune", "memory": "load"}
 # Time spent running, kept at every commit so that a kill loses none; over a minute is a machine asleep.
 TICK = "active_seconds = active_seconds + MIN(60, MAX(0, :now - COALESCE(marked, :now))), marked = :now"
 
@@ -71,12 +80,16 @@ class JobStore:
     def __init__(self, path: Path) -> None:
         """Open or create the database; GLMError where the file cannot be used."""
         self.path = Path(path)
+        self.person = OPERATOR
         self._local = threading.local()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             with self.writing() as db:
                 for statement in SCHEMA:
                     db.execute(statement)
+                for table, column, kind in ADDED:
+                    if column not in {row["name"] for row in db.execute(f"PRAGMA table_info({table})")}:
+                        db.execute(f"ALTER TABLE {table} ADD COLUMN {column} {kind}")
                 if "details" not in {row["name"] for row in db.execute("PRAGMA table_info(result)")}:
                     db.execute("ALTER TABLE result ADD COLUMN details TEXT NOT NULL DEFAULT ''")
                     # What a classification knows of a row stood in the column of errors before.
@@ -89,6 +102,19 @@ class JobStore:
                 f"The job database {self.path} cannot be used: {error}.",
                 "Free some disk space, or set GLM_WORKSPACE to another folder.",
             ) from error
+
+    def seen_by(self, person: Person) -> JobStore:
+        """The same store as a person sees it: jobs of others are not there, new ones are this person's."""
+        if person == self.person:
+            return self
+        view = copy.copy(self)
+        view.person = person
+        return view
+
+    def require(self, job_id: str) -> None:
+        """GLMError where this person may not see a job, in the words for one that does not exist."""
+        if not self.person.sees_all:
+            self.get(job_id)
 
     def connection(self) -> sqlite3.Connection:
         """This thread's own connection, opened on first use; sqlite3 errors pass through."""
@@ -127,20 +153,42 @@ class JobStore:
     # ---- making a job
 
     def create(self, kind: str, title: str, task: Mapping[str, Any]) -> Job:
-        """A new job in state "preparing", owned by this process until `mark_ready`."""
+        """A new job in state "preparing", owned by this process until `mark_ready`.
+
+        GLMError where this person may not start one of this kind, or as a visitor has enough open jobs.
+        """
         now = time.time()
+        if kind in NEEDS:
+            self.person.require(NEEDS[kind])
+        if self.person.is_visitor and len(self.list(DEMO_JOBS, states=OPEN)) >= DEMO_JOBS:
+            raise GLMError(
+                f"{DEMO_JOBS} jobs at a time are what this demonstration allows.",
+                "Wait for one, or cancel it.",
+            )
         job_id = f"{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}-{secrets.token_hex(3)}"
         with self.writing() as db:
             db.execute(
-                "INSERT INTO job(id, kind, title, state, task, created, owner, marked) "
-                "VALUES (?,?,?,?,?,?,?,?)",
-                (job_id, kind, title, "preparing", json.dumps(dict(task)), now, this_process(), now),
+                "INSERT INTO job(id, kind, title, state, task, created, owner, marked, user) "
+                "VALUES (?,?,?,?,?,?,?,?,?)",
+                (
+                    job_id,
+                    kind,
+                    title,
+                    "preparing",
+                    json.dumps(dict(task)),
+                    now,
+                    this_process(),
+                    now,
+                    self.person.name,
+                ),
             )
         return self.get(job_id)
 
     def add_rows(self, job_id: str, rows: Iterable[Sequence[str]], batch: int = 5000) -> int:
         """Append input rows while the job is prepared; how many. JobLost once it is cancelled or deleted."""
         source, index, first = iter(rows), self.get(job_id).total, self.get(job_id).total
+        if self.person.is_visitor:
+            source = islice(source, max(0, DEMO_ROWS - index))
         while chunk := list(islice(source, batch)):
             try:
                 self._insert_rows(job_id, index, chunk, ascii_only=False)
@@ -189,23 +237,56 @@ class JobStore:
         """One job; GLMError if there is none of that id."""
         query = f"SELECT {JOB_COLUMNS} FROM job WHERE id = ? AND state != 'deleting'"
         row = self.connection().execute(query, (job_id,)).fetchone()
-        if row is None:
+        if row is None or not (self.person.sees_all or row["user"] == self.person.name):
             raise GLMError(
                 f"There is no job {job_id!r}.", "It may have been deleted; look at the list of jobs."
             )
         return _job(row)
 
-    def list(self, limit: int = 100, kind: str | None = None, states: Sequence[str] | None = None) -> Jobs:
-        """The newest jobs first."""
+    def list(
+        self,
+        limit: int = 100,
+        kind: str | None = None,
+        states: Sequence[str] | None = None,
+        everybody: bool = False,
+    ) -> Jobs:
+        """The newest jobs first.
+
+        everybody   those of all people, where this person may see them
+        """
         query, values = f"SELECT {JOB_COLUMNS} FROM job WHERE state != 'deleting'", []
+        mine = self.person.lists
+        if mine is not None and not (everybody and self.person.sees_all):
+            query, values = query + f" AND user IN ({_marks(mine)})", [*mine]
         if kind is not None:
-            query, values = query + " AND kind = ?", [kind]
+            query, values = query + " AND kind = ?", [*values, kind]
         if states is not None:
             query, values = query + f" AND state IN ({_marks(states)})", [*values, *states]
         rows = self.connection().execute(
             query + " ORDER BY created DESC, id DESC LIMIT ?", [*values, str(limit)]
         )
         return [_job(row) for row in rows]
+
+    def in_turn(self) -> Jobs:
+        """The queued jobs of this person, or of everybody for an administrator, in the order they will run."""
+        query = f"SELECT {JOB_COLUMNS} FROM job WHERE state = 'queued' ORDER BY {IN_TURN}"
+        found = [_job(row) for row in self.connection().execute(query)]
+        return [job for job in found if self.person.sees_all or job.user == self.person.name]
+
+    def ahead(self, job_id: str) -> int:
+        """How many jobs, of anybody, run or wait before a queued one; 0 for a job that does not wait."""
+        self.require(job_id)
+        query = (
+            "SELECT COUNT(*) FROM job, (SELECT place AS p, id AS i FROM job WHERE id = ? AND state = 'queued') "
+            "WHERE state = 'running' OR (state = 'queued' AND (place, id) < (p, i))"
+        )
+        return int(self.connection().execute(query, (job_id,)).fetchone()[0])
+
+    def running(self) -> int:
+        """How many jobs, of anybody, run now."""
+        return int(
+            self.connection().execute("SELECT COUNT(*) FROM job WHERE state = 'running'").fetchone()[0]
+        )
 
     def counts(self, job_id: str) -> Counts:
         """Rows answered, failed, answered after shortening, and left; no table is scanned."""
@@ -230,6 +311,7 @@ class JobStore:
 
     def pending(self, job_id: str, limit: int, after_idx: int = -1) -> Pending:
         """The next rows without a result, in order: the work list, which is never stored anywhere else."""
+        self.require(job_id)
         query = (
             "SELECT idx, cells FROM row WHERE job_id = ?1 AND idx > ?2 AND NOT EXISTS "
             "(SELECT 1 FROM result WHERE job_id = ?1 AND result.idx = row.idx) ORDER BY idx LIMIT ?3"
@@ -267,6 +349,7 @@ class JobStore:
         self, job_id: str, offset: int, limit: int, status: Literal["failed", "truncated"] | None = None
     ) -> Page:
         """Rows with their results in input order: all of them, or only the failed or the shortened ones."""
+        self.require(job_id)
         if status is None:  # row numbers have no gaps, so an offset is a row number
             wanted = "SELECT idx FROM row WHERE job_id = ?1 AND idx >= ?2 AND idx < ?2 + ?3"
         else:  # as the partial indexes have it
@@ -288,6 +371,7 @@ class JobStore:
 
     def answer_counts(self, job_id: str, most: int) -> AnswerCounts:
         """How often each answer came, the most frequent first; none where there are more than `most` kinds."""
+        self.require(job_id)
         answers = "FROM result WHERE job_id = ?1 AND status = 'ok'"
         first = f"SELECT COUNT(DISTINCT prediction) FROM (SELECT prediction {answers} LIMIT 2000)"
         if int(self.connection().execute(first, (job_id,)).fetchone()[0]) > most:
@@ -298,6 +382,7 @@ class JobStore:
 
     def last_results(self, job_id: str, n: int) -> Results:
         """The n results that were finished last, newest first."""
+        self.require(job_id)
         query = f"SELECT {RESULT_COLUMNS} FROM result WHERE job_id = ? ORDER BY finished DESC LIMIT ?"
         found = (_result(row) for row in self.connection().execute(query, (job_id, n)))
         return [result for result in found if result is not None]
@@ -306,6 +391,7 @@ class JobStore:
 
     def request_pause(self, job_id: str) -> Job:
         """Pause a queued job at once, a running one within a second; GLMError where none runs or waits."""
+        self.require(job_id)
         with self.writing() as db:
             db.execute("UPDATE job SET stop_request = 'pause' WHERE id = ? AND state = 'running'", (job_id,))
             db.execute("UPDATE job SET state = 'paused' WHERE id = ? AND state = 'queued'", (job_id,))
@@ -316,6 +402,7 @@ class JobStore:
 
     def request_cancel(self, job_id: str) -> Job:
         """Cancel a job; finished rows stay. GLMError if it is over already."""
+        self.require(job_id)
         with self.writing() as db:
             db.execute("UPDATE job SET stop_request = 'cancel' WHERE id = ? AND state = 'running'", (job_id,))
             db.execute(
@@ -345,6 +432,7 @@ class JobStore:
 
     def retry_failed(self, job_id: str) -> Job:
         """Forget the failed results and queue the job again; GLMError while it runs or if no row failed."""
+        self.require(job_id)
         with self.writing() as db:
             state = "SELECT state, complete FROM job WHERE id = ?"
             row = db.execute(state, (job_id,)).fetchone()
@@ -370,8 +458,28 @@ class JobStore:
             )
         return self.get(job_id)
 
+    def move(self, job_id: str, to: int) -> None:
+        """Give a queued job another turn among those that wait, 0 for the next; only administrators may."""
+        if not self.person.sees_all:
+            raise GLMError("Only an administrator may change the order of jobs.", "Ask an administrator.")
+        with self.writing() as db:
+            waiting = [
+                row["id"]
+                for row in db.execute(f"SELECT id FROM job WHERE state = 'queued' ORDER BY {IN_TURN}")
+            ]
+            if job_id not in waiting:
+                raise GLMError("The job does not wait in the queue any more.", "Look at the list again.")
+            waiting.remove(job_id)
+            waiting.insert(max(0, to), job_id)
+            # All below 0: jobs that are queued later come after them.
+            db.executemany(
+                "UPDATE job SET place = ? WHERE id = ?",
+                [(number - len(waiting), one) for number, one in enumerate(waiting)],
+            )
+
     def delete(self, job_id: str) -> None:
         """Delete a job with its rows and results; GLMError while it is read in or running."""
+        self.require(job_id)
         changed = self._change(
             "UPDATE job SET state = 'deleting', owner = ? "
             "WHERE id = ? AND state NOT IN ('preparing', 'running')",
@@ -396,7 +504,7 @@ class JobStore:
 
     def claim(self, kinds: Sequence[str], owner: str, job_id: str | None = None) -> Job | None:
         """Take the oldest queued job of these kinds (or this one) for `owner`; None if there is none."""
-        where = f"state = 'queued' AND kind IN ({_marks(kinds)}) AND ? IN (id, '') ORDER BY id LIMIT 1"
+        where = f"state = 'queued' AND kind IN ({_marks(kinds)}) AND ? IN (id, '') ORDER BY {IN_TURN} LIMIT 1"
         found = (
             self.connection().execute(f"SELECT id FROM job WHERE {where}", (*kinds, job_id or "")).fetchone()
         )
@@ -404,7 +512,7 @@ class JobStore:
             return None
         now = time.time()
         changed = self._change(
-            "UPDATE job SET state = 'running', owner = ?1, attempt = attempt + 1, finished = NULL, "
+            "UPDATE job SET state = 'running', owner = ?1, attempt = attempt + 1, finished = NULL, place = 0, "
             "started = COALESCE(started, ?2), run_started = ?2, marked = ?2, stop_request = '' "
             "WHERE id = ?3 AND state = 'queued'",
             (owner, now, found["id"]),
@@ -449,6 +557,14 @@ class JobStore:
         now = time.time() if restart_clock else None
         query = "UPDATE job SET message = ?, run_started = COALESCE(?, run_started) WHERE id = ?"
         self._change(query, (message, now, job_id))
+
+    def amend(self, job_id: str, values: Mapping[str, Any]) -> None:
+        """Add to what a job's task says, or change in it what does not change its answers: where it runs."""
+        with self.writing() as db:
+            row = db.execute("SELECT task FROM job WHERE id = ?", (job_id,)).fetchone()
+            if row is not None:
+                task = json.dumps(json.loads(row["task"]) | dict(values))
+                db.execute("UPDATE job SET task = ? WHERE id = ?", (task, job_id))
 
     def warn(self, job_id: str, text: str) -> None:
         """Add a sentence to the job's warnings, once, and not more than fifty."""

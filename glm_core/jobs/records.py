@@ -14,6 +14,10 @@ State = Literal["preparing", "queued", "running", "done", "paused", "cancelled",
 BUSY_S = 30.0  # how long a writer waits for another process before it gives up
 
 
+class JobPaused(GLMError):
+    """Raised by a runner that cannot go on for now through no fault of its rows: the job is paused, not failed."""
+
+
 class JobLost(GLMError):
     """The job was deleted, or belongs to another process by now: whoever gets this changes nothing more."""
 
@@ -42,6 +46,7 @@ class Job:
     warnings: tuple[str, ...]
     complete: bool  # all input rows are in the database
     run_started: float | None  # when the current (or last) stretch of running began
+    user: str = ""  # whose job it is; "" for one made without a login
 
     @property
     def left(self) -> int:

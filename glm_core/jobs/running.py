@@ -13,7 +13,7 @@ from typing import Literal
 
 from ..errors import GLMError
 from .database import JobStore
-from .records import Job, JobLost, disk_problem, this_process
+from .records import Job, JobLost, JobPaused, disk_problem, this_process
 
 Reason = Literal["", "pause", "cancel", "exit"]
 
@@ -133,6 +133,8 @@ class Supervisor:
                     state, message = "failed", f"internal error: the runner ended with {left:,} rows left."
             except JobLost:
                 state = ""
+            except JobPaused as error:
+                state, message = "paused", str(error)
             except GLMError as error:
                 state, message = "failed", str(error)
             except Exception as error:

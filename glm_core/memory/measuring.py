@@ -292,10 +292,11 @@ def _rehearse(of: Shape, level: str, device: str) -> None:
     """A tiny model in this precision computes as the engine does: libraries take memory when they are first used."""
     import torch
 
+    from .. import groupwise
     from ..checkpoints import loading
     from ..engine import KVCache
     from ..quantization import quantize
-    from .prediction import bits_of
+    from .prediction import bits_of, group_of
 
     raw: dict[str, Any] = {
         "model_type": "chatglm", "padded_vocab_size": 512, "hidden_size": 128, "ffn_hidden_size": 256,
@@ -307,8 +308,10 @@ def _rehearse(of: Shape, level: str, device: str) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
-    bits = bits_of(of, level)
-    model = (quantize(model, bits) if bits else model).to(dtype).to(device).eval().requires_grad_(False)
+    bits, group = bits_of(of, level), group_of(of, level)
+    if bits:
+        model = groupwise.quantize(model, group) if group else quantize(model, bits)
+    model = model.to(dtype).to(device).eval().requires_grad_(False)
 
     def compute() -> None:
         cache = KVCache(1)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import DYNAMIC, PRECISIONS
+from ..checkpoints import DYNAMIC, GROUPED, PRECISIONS, code_bits
 from ..engine import FORWARD_SECONDS, FORWARD_TOKENS, KVCache
 from ..errors import GLMError
 from .shapes import Shape, shape
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ..finetune.methods import Method
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
-CODED = {"int8": 8, "int4": 4, DYNAMIC: 8}
 SCALE_BYTES = 2
 DYNAMIC_BYTES = 4  # a scale
 DEVICES = ("cpu", "cuda", "mps")
@@ -72,15 +71,19 @@ class Prediction:
 
 def levels(of: Shape, kind: str = "cpu") -> tuple[str, ...]:
     """The precisions a model can be loaded in: those it computes in where its weights are stored as codes."""
-    found = (*ELEMENT, DYNAMIC) if of.bits else PRECISIONS
+    found: tuple[str, ...] = PRECISIONS
+    if of.bits:  # 8-bit activations go with a scale per row
+        found = tuple(ELEMENT) if of.group else (*ELEMENT, DYNAMIC)
     return tuple(one for one in found if one != DYNAMIC or kind == "cpu")
 
 
 def usual(of: Shape, kind: str = "cpu") -> tuple[str, ...]:
-    """The levels worth a measurement: on a processor without fp16, and without 8-bit activations where it has none."""
+    """The levels measured unless others are chosen: INT4 without groups, and on a processor without fp16, and without
+    8-bit activations where it has none.
+    """
     from ..linear import dynamic_works
 
-    found = levels(of, kind)
+    found = tuple(one for one in levels(of, kind) if one not in GROUPED)
     if kind == "cpu":
         found = tuple(one for one in found if one != "fp16" and (one != DYNAMIC or dynamic_works()))
     return found
@@ -159,7 +162,12 @@ def element_bytes(of: Shape, precision: str) -> int:
 
 def bits_of(of: Shape, precision: str) -> int:
     """Bits of the linear layers' codes, 0 where they are floats."""
-    return 8 if precision == DYNAMIC else of.bits or CODED.get(precision, 0)
+    return 8 if precision == DYNAMIC else of.bits or code_bits(precision)[0]
+
+
+def group_of(of: Shape, precision: str) -> int:
+    """Columns that share a scale and a zero point, 0 where a row has one scale or the weights are floats."""
+    return of.group if of.bits else code_bits(precision)[1]
 
 
 def weight_bytes(of: Shape, precision: str) -> int:
@@ -171,6 +179,11 @@ def weight_bytes(of: Shape, precision: str) -> int:
         head = 0 if of.tied else of.vocabulary * of.hidden
         rows = of.rows + (0 if of.tied else of.vocabulary)
         return of.linear + head + rows * DYNAMIC_BYTES + (of.others - head) * element
+    if group := group_of(of, precision):
+        from ..groupwise import code_bytes
+
+        codes = sum(count * code_bytes(rows, columns, group) for rows, columns, count in of.matrices)
+        return codes + of.others * element
     scales = (of.rows + (of.vocabulary if of.coded else 0)) * SCALE_BYTES
     return (of.linear + of.coded) * bits // 8 + scales + (of.others - of.coded) * element
 
@@ -209,7 +222,10 @@ def activation_bytes(of: Shape, precision: str, kind: str, rows: int, fed: int, 
         seen += 2 * rows * columns * queries * e if of.keys < queries else 0
         attention = (3 * hidden + 3 * queries) * e
         mlp = (3 * hidden + widest + 2 * inner) * e
-    if bits_of(of, precision):
+    if group_of(of, precision):
+        # Sums in fp32, rounded to the result.
+        mlp = max(mlp, before + widest * (4 + e if e < 4 else 4))
+    elif bits_of(of, precision):
         # Sums over codes, the same scaled in fp32 and once more with the bias, rounded to the result.
         mlp = max(mlp, before + widest * (e + 8 if of.biased else 2 * e + 4))
     head = rows * of.vocabulary * (e + (4 if e < 4 else 0))
@@ -284,7 +300,7 @@ def _info(of: Shape, folder: Path) -> Any:
 
     return CheckpointInfo(
         folder, of.name, of.family, of.generation, of.parameters, 0, "", of.layers, of.hidden, of.context,
-        architecture=of.architecture, bits=of.bits, linear_parameters=of.linear,
+        architecture=of.architecture, bits=of.bits, group=of.group, linear_parameters=of.linear,
     )  # fmt: skip
 
 
@@ -317,12 +333,13 @@ def table(
     device: str = "cpu",
     program: int | None = None,
 ) -> list[Prediction]:
-    """A prediction for every level, context and batch."""
+    """A prediction for every level, context and batch; those of INT4 in groups only where they are named."""
     of = model if isinstance(model, Shape) else shape(model)
     chosen = precisions or tuple(
         one
         for one in levels(of, device.partition(":")[0])
-        if not (training and (one == DYNAMIC or (training.kind in ("full", "freeze") and one in CODED)))
+        if one not in GROUPED
+        and not (training and (one == DYNAMIC or (training.kind in ("full", "freeze") and code_bits(one)[0])))
     )
     return [
         predict(of, precision, context, batch, training, device, program)

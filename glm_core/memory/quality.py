@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..jobs import Job, JobStore
 
 # From the one with the reference's numbers down; the first that was run is what the others are held against.
-ORDER = ("fp32", "bf16", "fp16", "int8", "int8-dynamic", "int4")
+ORDER = ("fp32", "bf16", "fp16", "int8", "int8-dynamic", "int4-g32", "int4-g64", "int4-g128", "int4")
 
 
 @dataclass(frozen=True)

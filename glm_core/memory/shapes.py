@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -53,6 +54,8 @@ class Shape:
     fused           one projection makes queries, keys and values, and layers are ChatGLM-6B's
     tied, biased    whether the head is the embedding; whether the widest of the layers' linears has a bias
     bits            8 or 4 where the checkpoint itself is stored as codes
+    group           columns that share a scale, where it is stored so
+    matrices        (rows, columns, how many) of the layers of `linear`
     """
 
     name: str
@@ -79,10 +82,19 @@ class Shape:
     tied: bool = False
     biased: bool = False
     bits: int = 0
+    group: int = 0
+    matrices: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def parameters(self) -> int:
         return self.linear + self.others
+
+    @property
+    def codes(self) -> str:
+        """What the checkpoint's linear layers are stored as: INT8, INT4, INT4-G64; "" for floats."""
+        from ..checkpoints import code_name
+
+        return code_name(self.bits, self.group)
 
 
 def shape(model: str | Path) -> Shape:
@@ -108,7 +120,7 @@ def shape(model: str | Path) -> Shape:
 
 @lru_cache(maxsize=64)
 def _shape(name: str, path: str, config: str, generation: str) -> Shape:
-    from ..checkpoints.inspecting import FAMILIES, NATIVE, architecture_of
+    from ..checkpoints.inspecting import FAMILIES, NATIVE, architecture_of, stored_as
     from ..quantization import linears
 
     raw: dict[str, Any] = json.loads(config)
@@ -124,7 +136,9 @@ def _shape(name: str, path: str, config: str, generation: str) -> Shape:
     total = sum(p.numel() for p in model.parameters())
     if tied and head.weight is not embedding.weight:  # tied once there are values
         total -= head.weight.numel()
-    bits = raw.get("quantization_bit") if raw.get("quantization_bit") in (4, 8) else 0
+    bits, group = stored_as(raw)
+    bits = bits if bits in (4, 8) else 0
+    matrices = Counter((modules[path].out_features, modules[path].in_features) for path in coded_paths)
     heads = int(found.num_attention_heads)
     width = int(getattr(found, "head_dim", None) or found.hidden_size // heads)
     fused = architecture == "chatglm"
@@ -148,12 +162,14 @@ def _shape(name: str, path: str, config: str, generation: str) -> Shape:
         linear=linear,
         rows=sum(modules[path].out_features for path in coded_paths),
         others=total - linear,
-        coded=embedding.weight.numel() if bits and raw.get("quantization_embeddings") else 0,
+        coded=embedding.weight.numel() if bits and raw.get("quantization_embeddings") and not group else 0,
         largest=max(head.weight.numel(), *(modules[path].weight.numel() for path in coded_paths)),
         fused=fused,
         tied=tied,
         biased=widest.bias is not None,
-        bits=bits or 0,
+        bits=bits,
+        group=group,
+        matrices=tuple((*size, count) for size, count in sorted(matrices.items())),
     )
 
 
@@ -181,7 +197,7 @@ def _empty(raw: Mapping[str, Any], architecture: str, generation: str, name: str
         from transformers import AutoConfig, AutoModelForCausalLM
 
         with loading._building, init_empty_weights(include_buffers=False):
-            config = AutoConfig.for_model(**dict(raw))
+            config = AutoConfig.for_model(**{key: raw[key] for key in raw if key != "quantization_config"})
             return AutoModelForCausalLM.from_config(config)
     except GLMError:
         raise

@@ -211,6 +211,11 @@ class ClassifyRequest(Asked):
     template: str | None = Field(default=None, description="The question; {text} is replaced by the text")
     system: str = ""
     content_free: bool = Field(default=False, description="Take away what the question says without a text")
+    shots: list[Pair] = Field(
+        default=[],
+        max_length=MOST_ANSWERS,
+        description="Solved examples before every text: text, name of its label",
+    )
 
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"texts": ["加微信领红包", "谢谢你"], "labels": ["正常", "垃圾"]}]}

@@ -92,6 +92,7 @@ def _task(asked: ClassifyRequest, engine: Engine) -> LabelTask:
         instruction=instruction,
         system=asked.system,
         content_free=asked.content_free,
+        shots=tuple((text, name) for text, name in asked.shots),
     )
     task.check()
     return task

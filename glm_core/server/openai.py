@@ -44,6 +44,7 @@ COMPLETION_EXAMPLE = {
 MODEL_EXAMPLE = {
     "id": "glm-mini", "object": "model", "created": 1795252200, "owned_by": "glm-workbench",
     "max_model_len": 2048, "precision": "fp32", "generation": "chatglm3",
+    "classify": ["shots"],
 }  # fmt: skip
 STREAM_NOTE = (
     "With `stream`, server-sent events that end with `data: [DONE]`; a failure is an event with `error`."
@@ -97,6 +98,7 @@ def _model(service: Service) -> dict[str, Any]:
         "max_model_len": engine.context,
         "precision": engine.loaded.precision,
         "generation": engine.tokenizer.generation,
+        "classify": ["shots"],  # what /v1/classify takes beside what it took first
     }
 
 

@@ -14,7 +14,7 @@ import streamlit as st
 from glm_core import batch, review
 from glm_core.errors import GLMError
 from glm_core.review import Answers, Reviews, Truth
-from pages.shared import classify_measures, classify_task, state
+from pages.shared import classify_measures, classify_task, remote_words, state
 from pages.shared.classify_measures import Ints, Judged
 from pages.shared.text import t
 
@@ -44,6 +44,11 @@ class Found:
     @property
     def names(self) -> tuple[str, ...]:
         return self.answers.labels
+
+    @property
+    def bare(self) -> bool:
+        """Whether there are labels alone, from a server that gives no probabilities."""
+        return remote_words.no_probabilities(self.job.task)
 
     def shown(self, number: int) -> str:
         """A label by its number, as it is called on screen; a dash for none."""
@@ -173,13 +178,17 @@ def frame(
         settings[name] = st.column_config.TextColumn(width=_width(name, data[name]))
     for k, one in enumerate(this.names):
         name = _free(f"p · {classify_task.shown(this.labels, one)}", data)
-        data[name] = [float(p) for p in given.probability[at, k]]
+        data[name] = [None if np.isnan(p) else float(p) for p in given.probability[at, k]]
         settings[name] = st.column_config.ProgressColumn(
             format="%.3f", min_value=0.0, max_value=1.0, width=110
         )
     for title, values, shown in (
-        (t("margin", "领先"), given.margin[at], "%.3f"),
-        (t("outside", "标签之外"), given.outside[at], "%.4f"),
+        ()
+        if this.bare
+        else (
+            (t("margin", "领先"), given.margin[at], "%.3f"),
+            (t("outside", "标签之外"), given.outside[at], "%.4f"),
+        )
     ):
         name = _free(title, data)
         data[name] = [float(value) for value in values]

@@ -15,7 +15,7 @@ from glm_core import batch, tables
 from glm_core.errors import GLMError
 from glm_core.review import Reviews, Truth
 from glm_core.tables import ReadOptions
-from pages.shared import classify_task, classify_truth, panels, state, table_input, trial
+from pages.shared import classify_task, classify_truth, cluster_panel, panels, state, table_input, trial
 from pages.shared.classify_one import percent
 from pages.shared.text import plain, said, t
 
@@ -69,13 +69,15 @@ def card(draft: dict[str, Any], engine: Engine, asked: Asked) -> None:
             else:
                 truth = classify_truth.mapping(gold, counts, asked.labels, f"file_{chosen.key}")
                 waits = truth is None
+        rows = state.most_rows(chosen.rows)
         with row:
             st.space("stretch")
+            where = cluster_panel.choose(engine, "classify")
             try_it = st.button(
                 t("Try the first rows", "试跑前几行"), icon=":material/science:", key="classify_trial"
             )
             run_it = st.button(
-                t(f"Classify {chosen.rows:,} rows", f"分类 {chosen.rows:,} 行"),
+                t(f"Classify {rows:,} rows", f"分类 {rows:,} 行"),
                 type="primary",
                 icon=":material/play_arrow:",
                 key=f"classify_start_{draft['number']}",  # a second click of a double click finds no button
@@ -91,7 +93,7 @@ def card(draft: dict[str, Any], engine: Engine, asked: Asked) -> None:
             if try_it:
                 _try(engine, task, chosen, text)
             if run_it:
-                _start(draft, task, chosen, truth)
+                _start(draft, where.put(task), chosen, truth)
         except GLMError as error:
             panels.problem(error)
 
@@ -157,7 +159,8 @@ def _show_trial(task: LabelTask, chosen: Chosen, asked: Asked) -> None:
     if tried is None or not tried.scored:
         return
     stale = tried.task != _identity(task)
-    if stale and len(tried.scored[0].probabilities) != len(asked.labels):
+    given = any(one.probabilities for one in tried.scored)
+    if stale and given and len(tried.scored[0].probabilities) != len(asked.labels):
         return
     trial.speed(tried.seconds / len(tried.scored), chosen.rows, stale, "classify_speed")
     names = (
@@ -172,9 +175,9 @@ def _show_trial(task: LabelTask, chosen: Chosen, asked: Asked) -> None:
         (
             text,
             asked.shown(one.label),
-            *(f"{p:.3f}" for p in one.probabilities),
-            f"{one.margin:.3f}",
-            percent(one.outside),
+            *((f"{p:.3f}" for p in one.probabilities) if one.probabilities else [""] * len(asked.names)),
+            f"{one.margin:.3f}" if one.probabilities else "",
+            percent(one.outside) if one.probabilities else "",
             said(one.reason),
         )
         for one, text in zip(tried.scored, tried.texts, strict=True)

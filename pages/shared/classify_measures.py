@@ -172,6 +172,8 @@ def area(truth: Bools, scores: Floats) -> Interval:
     from scipy.stats import rankdata  # type: ignore[import-untyped]
 
     level, n = statistics.LEVEL, len(truth)
+    if np.isnan(scores).any():
+        return Interval(None, None, None, n, level, "delong", "The server gave no probabilities to rank by.")
     curve = metrics.roc(truth, scores)
     if curve is None:
         reason = "It needs rows that have the label and rows that have not."
@@ -204,6 +206,8 @@ def headline(rows: Judged, positive: int | None) -> dict[str, Interval]:
         known = [one for one in areas if one is not None]
         value = math.fsum(known) / len(known) if known else None
         reason = "The mean over the labels has no interval; choose a positive label."
+        if np.isnan(rows.probability).any():
+            reason = "The server gave no probabilities to rank by."
         found["roc-auc"] = Interval(value, None, None, len(rows), statistics.LEVEL, "mean", reason)
     return found
 

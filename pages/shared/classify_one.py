@@ -12,7 +12,7 @@ import streamlit as st
 
 from glm_core import batch
 from glm_core.errors import GLMError
-from pages.shared import charts, classify_task, panels, state
+from pages.shared import charts, classify_task, panels, remote_words, state
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def run(engine: Engine, asked: Asked, columns: list[str], cells: list[str], expl
     task = classify_task.make(engine, asked, asked.template, columns)
     scored = classify.classify_rows(engine, task, [tuple(cells)], greedy=True)[0]
     words: list[tuple[str, float]] = []
-    if explain and len(columns) == 1:
+    if explain and len(columns) == 1 and scored.probabilities:
         words = _segments(cells[0], classify.explain(engine, task, cells[0]))
     return Tried(identity(engine, asked, cells), asked.names, scored, words, asked)
 
@@ -141,13 +141,19 @@ def show(tried: Tried, stale: bool) -> None:
     with st.container(key="classify_answer"):
         with st.container(horizontal=True, vertical_alignment="center", gap="xsmall"):
             st.markdown(f"### {plain(asked.shown(scored.label))}", width="content")
-            st.badge(f"{max(scored.probabilities):.1%}", color="violet")
+            if scored.probabilities:
+                st.badge(f"{max(scored.probabilities):.1%}", color="violet")
+            else:
+                st.badge(t("no probability", "无概率"), icon=":material/help:", color="orange")
             if scored.reason:
                 st.badge(t("to review", "待审"), icon=":material/rate_review:", color="orange")
             if stale:
                 st.badge(
                     t("before the last change", "修改之前的结果"), icon=":material/history:", color="orange"
                 )
+        if not scored.probabilities:
+            st.caption(remote_words.way("greedy"))
+            return
         left, right = st.columns([3, 2], gap="large")
         with left:
             _bars(tried)

@@ -184,12 +184,12 @@ def _text(this: Found, reviews: Reviews, idx: int) -> None:
 def _model(this: Found, idx: int) -> None:
     at = int(this.place([idx])[0])
     given = this.answers
-    order = np.argsort(-given.probability[at])[:6]
+    order = np.array([given.answer[at]]) if this.bare else np.argsort(-given.probability[at])[:6]
     with st.container(horizontal=True, gap="xsmall", vertical_alignment="center", key="review_model"):
         st.caption(t("The model:", "模型："), width="content")
         for k in order.tolist():
             st.badge(
-                f"{plain(this.shown(k))} {given.probability[at, k]:.1%}",
+                plain(this.shown(k)) + ("" if this.bare else f" {given.probability[at, k]:.1%}"),
                 color="violet" if k == given.answer[at] else "gray",
             )
         known = this.rows.truth[this.rows.idx == idx] if this.rows is not None else ()
@@ -292,7 +292,7 @@ def exported(job_id: str) -> Path:
     """The file with what people say by now. It stays when the job is deleted, as a training may have begun with it."""
     reviews = Reviews(state.job_store())
     last = max((one.seq for one in reviews.latest(job_id)), default=0)
-    file = state.settings().exports / f"corrections-{job_id}-{reviews.count(job_id)}-{last}.csv"
+    file = state.exports() / f"corrections-{job_id}-{reviews.count(job_id)}-{last}.csv"
     reviews.export(job_id, file)
     return file
 

@@ -12,7 +12,7 @@ import streamlit as st
 
 from glm_core import batch
 from glm_core.errors import GLMError
-from pages.shared import classify_carry, panels, state
+from pages.shared import classify_carry, panels, remote_words, state
 from pages.shared.text import plain, t
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def ask(engine: Engine) -> Asked | None:
             st.space("stretch")
             name = engine.loaded.info.name
             st.badge(plain(name), icon=":material/deployed_code:", color="violet")
-            st.badge(engine.loaded.precision.upper(), color="gray")
+            st.badge(remote_words.where(engine), color="gray")
         _trained(engine)
         left, right = st.columns(2, gap="large")
         with left:
@@ -101,6 +101,14 @@ def ask(engine: Engine) -> Asked | None:
             panels.problem(one)
         if problems:
             return None
+        try:
+            way = remote_words.label_way(engine, [one["verbaliser"] or one["name"] for one in labels])
+        except GLMError as error:
+            panels.problem(error)
+            return None
+        if way:
+            icon = ":orange[:material/warning:]" if way == "greedy" else ":material/cloud:"
+            st.caption(f"{icon} {remote_words.way(way)}")
         carried = classify_carry.strip(engine, labels, template, shots)
     return Asked(tuple(labels), template, positive, shots, bool(content_free), float(abstain), carried)
 
@@ -361,7 +369,9 @@ def make(
     base = loaded.base.path if loaded.base else None
     task = LabelTask(
         checkpoint=str(loaded.info.path),
-        checkpoint_fingerprint=checkpoints.fingerprint(loaded.info.path, base),
+        checkpoint_fingerprint=engine.remote.fingerprint
+        if engine.remote is not None
+        else checkpoints.fingerprint(loaded.info.path, base),
         precision=loaded.precision,
         device=loaded.devices,
         labels=tuple(Label(one["name"], one["verbaliser"], one["display"]) for one in asked.labels),
@@ -377,5 +387,6 @@ def make(
         generation=engine.tokenizer.generation,
         base=str(base) if base else "",
         versions=batch.versions(),
+        remote=remote_words.record(engine, [one["verbaliser"] or one["name"] for one in asked.labels]),
     )
     return classify_carry.carried_into(task, asked.carried)

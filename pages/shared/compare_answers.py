@@ -120,7 +120,12 @@ def _missing(trials: Trials, trial: Trial) -> None:
             + t(f"{count} of {whole} answers are missing.", f"{whole} 个回答中缺 {count} 个。"),
             width="content",
         )
-        if st.button(t("Answer them", "补齐回答"), icon=":material/play_arrow:", key="trial_again"):
+        if st.button(
+            t("Answer them", "补齐回答"),
+            icon=":material/play_arrow:",
+            key="trial_again",
+            disabled=not state.may("load"),
+        ):
             votes.begin(trials, trial.id)
             st.rerun()
 

@@ -219,7 +219,7 @@ def rows_file(this: Found) -> Path:
     """The rows with the answers of all runs; written when it is asked for."""
     from glm_core import compare
 
-    file = state.settings().exports / f"comparison-{'-'.join(id_[-6:] for id_ in this.ids)}.csv"
+    file = state.exports() / f"comparison-{'-'.join(id_[-6:] for id_ in this.ids)}.csv"
     compare.export(state.job_store(), this.pairs, file)
     return file
 

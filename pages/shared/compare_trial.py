@@ -10,9 +10,10 @@ import streamlit as st
 
 from glm_core import votes
 from glm_core.errors import GLMError
+from glm_core.remote import is_remote
 from glm_core.settings import MINI
 from glm_core.votes import Side, Trial, Trials
-from pages.shared import compare_answers, panels, state
+from pages.shared import access, compare_answers, panels, remote_engines, state
 from pages.shared.pickers import PRECISIONS
 from pages.shared.text import plain, t
 
@@ -76,9 +77,10 @@ def new(trials: Trials) -> None:
             type="primary",
             icon=":material/send:",
             key="compare_ask",
-            disabled=not prompts or sides < 2,
+            disabled=not prompts or sides < 2 or not state.may("load"),
         ):
             _start(trials, chosen, prompts, settings, system, bool(blind))
+        access.not_allowed("load")
     if error := state.session("compare.problem"):
         panels.problem(error)
 
@@ -114,7 +116,8 @@ def _checkpoints() -> list[CheckpointInfo]:
             roots.append(state.settings().allowed_model(text))
         except GLMError:
             continue  # the disk is not mounted today
-    return [info for info in state.checkpoints(tuple(roots)) if info.loadable]
+    found = [info for info in state.checkpoints(tuple(roots)) if info.loadable]
+    return [*found, *remote_engines.infos()]
 
 
 def _sides(found: list[CheckpointInfo]) -> list[dict[str, Any]]:
@@ -151,6 +154,8 @@ def _side(number: int, found: list[CheckpointInfo]) -> dict[str, Any] | None:
         if key in bare:
             return t(f"{info.name} without its prefix", f"{info.name}（不带前缀）")
         method = panels.METHODS.get(info.method, "")
+        if is_remote(info.path):
+            return info.name
         return f"{info.name} · {method}" if method else f"{info.name} · {info.family}"
 
     left, right = st.columns([7, 2])
@@ -183,9 +188,12 @@ def _side(number: int, found: list[CheckpointInfo]) -> dict[str, Any] | None:
                 )
             )
     with right:
+        on_server = is_remote(info.path)
         precision = st.selectbox(
             t("Precision", "精度"),
             PRECISIONS,
+            disabled=on_server,
+            help=t("The server's own.", "由服务器决定。") if on_server else None,
             format_func=lambda one: t("auto", "自动") if one == "auto" else one.upper(),
             **state.kept_widget(
                 f"compare.precision.{number}", "int4" if number == 1 else "auto", PRECISIONS, "index"

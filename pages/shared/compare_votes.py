@@ -293,7 +293,7 @@ def _bar(trial: Trial, one: Tally) -> None:
 
 
 def _file(trials: Trials, trial: Trial) -> Path:
-    file = state.settings().exports / f"votes-{trial.id}.csv"
+    file = state.exports() / f"votes-{trial.id}.csv"
     trials.export(trial.id, file)
     return file
 

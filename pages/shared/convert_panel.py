@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OPEN = "convert_for"  # key of the path whose dialog is open
 FORM = ("convert_kind", "convert_precision", "convert_precision_for", "convert_name", "convert_named")
 FLOATS = ("fp32", "bf16", "fp16")
-PRECISIONS = (*FLOATS, "int8", "int4")
+PRECISIONS = (*FLOATS, "int8", "int4", "int4-g32", "int4-g64", "int4-g128")
 STORED = {
     "F32": "fp32", "F16": "fp16", "BF16": "bf16",
     "float32": "fp32", "float16": "fp16", "bfloat16": "bf16",
@@ -206,8 +206,8 @@ def chosen_precision(info: CheckpointInfo, kind: str) -> str:
         st.caption(
             ":material/lock: "
             + t(
-                f"The weights are stored as INT{info.bits} and stay so; what is gained is the file format.",
-                f"权重以 INT{info.bits} 存储并保持不变；改变的只是文件格式。",
+                f"The weights are stored as {info.codes} and stay so; what is gained is the file format.",
+                f"权重以 {info.codes} 存储并保持不变；改变的只是文件格式。",
             )
         )
         return stored
@@ -225,6 +225,12 @@ def chosen_precision(info: CheckpointInfo, kind: str) -> str:
         "fp16": "FP16",
         "int8": t("INT8 for the linear layers, the rest BF16", "线性层 INT8，其余 BF16"),
         "int4": t("INT4 for the linear layers, the rest BF16", "线性层 INT4，其余 BF16"),
+        **{
+            f"int4-g{size}": t(
+                f"INT4 in groups of {size}, for this program only", f"INT4 分组 {size}，仅供本程序使用"
+            )
+            for size in (32, 64, 128)
+        },
     }
     as_stored = t(" · as stored", " · 与原文件相同")
     return str(
@@ -252,7 +258,7 @@ def stored_precision(info: CheckpointInfo) -> str:
         return "fp16"  # in which all of those were published
     numbers: Counter[str] = Counter()
     for name, tensor in weights.listing(files).items():
-        if tensor.dtype in STORED and not name.endswith(("weight_scale", "inv_freq")):
+        if tensor.dtype in STORED and not name.endswith(("weight_scale", "weight_zero", "inv_freq")):
             numbers[STORED[tensor.dtype]] += tensor.numel
     return numbers.most_common(1)[0][0] if numbers else "fp16"
 
@@ -260,7 +266,7 @@ def stored_precision(info: CheckpointInfo) -> str:
 def chosen_name(info: CheckpointInfo, kind: str, precision: str, folder: Path) -> str:
     """The name of the new folder; the proposal follows the other choices until another is typed."""
     stem = info.name.replace("/", "-")
-    suffix = KINDS[kind].suffix or (f"int{info.bits}" if info.bits else precision)
+    suffix = KINDS[kind].suffix or (info.codes.lower() or precision)
     proposed = free_name(stem if stem.endswith(f"-{suffix}") else f"{stem}-{suffix}", folder)
     before = state.session("convert_named")
     if before != proposed:

@@ -108,7 +108,7 @@ def _offer() -> None:
 
 def resolve(asked: dict[str, str]) -> Path:
     """The file of a path that was typed; GLMError where it is not there or may not be read."""
-    found = state.settings().allowed_table(asked["path"])
+    found = state.allowed_table(asked["path"])
     if not found.is_file():
         raise GLMError(f"{found} is a folder.", "Give the path of a file in it.")
     return found

@@ -52,7 +52,7 @@ def _resolve(kept: dict[str, str]) -> tuple[Path, str]:
     if "path" in kept:
         path = evaluate_file.resolve(kept)
         return path, path.name
-    path = state.settings().uploads / kept["table"]
+    path = state.uploads() / kept["table"]
     if not path.is_file():
         raise GLMError("The uploaded table is no longer in the workspace.", "Upload it again.")
     return path, kept["file"]

@@ -8,8 +8,18 @@ import streamlit as st
 
 from glm_core import evaluate
 from glm_core.errors import GLMError
+from glm_core.remote import is_remote
 from glm_core.settings import MINI
-from pages.shared import evaluate_file, evaluate_task, evaluate_words, panels, pickers, state, table_input
+from pages.shared import (
+    evaluate_file,
+    evaluate_task,
+    evaluate_words,
+    panels,
+    pickers,
+    remote_engines,
+    state,
+    table_input,
+)
 from pages.shared.text import plain, t
 
 if TYPE_CHECKING:
@@ -40,6 +50,13 @@ def checkpoints() -> list[CheckpointInfo]:
         except GLMError:
             continue  # the disk is not mounted today
     found = [one for one in state.checkpoints(tuple(roots)) if one.loadable]
+    if not state.may("load"):
+        engine = state.current_engine()
+        loaded = engine.loaded if engine is not None else None
+        here = {loaded.info.path, loaded.base.path if loaded.base else None} if loaded else set()
+        found = [one for one in (*found, *remote_engines.infos()) if one.path in here]
+    else:
+        found += remote_engines.infos()
     return sorted(found, key=lambda one: one.path != MINI)
 
 
@@ -72,12 +89,16 @@ def _run_card(draft: dict[str, Any], chosen: Chosen, task: EvaluationTask) -> No
                 ),
             )
         with right:
+            levels, free = list(pickers.PRECISIONS), state.may("load")
+            if not free:
+                levels = [engine.loaded.precision if engine is not None else "auto"]
             precisions = st.multiselect(
                 t("Precision in memory", "内存精度"),
-                list(pickers.PRECISIONS),
-                default=["auto"],
+                levels,
+                default=levels[:1],
                 format_func=lambda one: t("auto", "自动") if one == "auto" else one.upper(),
-                key="evaluate_precisions",
+                key="evaluate_precisions" if free else f"evaluate_precisions_{levels[0]}",
+                disabled=not free,
                 persist_state="session",
                 help=t(
                     "Several give a run each, to see what quantization costs. Auto: FP32 for small models, else BF16.",
@@ -93,9 +114,13 @@ def _run_card(draft: dict[str, Any], chosen: Chosen, task: EvaluationTask) -> No
                 key=f"evaluate_title_{draft['number']}",
             )
             device = pickers.device()
-        pairs = [(one, precision) for one in chosen_infos for precision in precisions]
+        pairs = [
+            (one, precision)
+            for one in chosen_infos
+            for precision in (["auto"] if is_remote(one.path) else precisions)
+        ]
         ready = bool(pairs) and all(bases.get(str(one.path), True) for one in chosen_infos)
-        rows = min(chosen.rows, task.limit_rows or chosen.rows)
+        rows = state.most_rows(min(chosen.rows, task.limit_rows or chosen.rows))
         with row:
             st.space("stretch")
             go = st.button(
@@ -115,6 +140,14 @@ def _run_card(draft: dict[str, Any], chosen: Chosen, task: EvaluationTask) -> No
                 "关闭浏览器后任务仍会继续。任务会占用内存中的模型：一次一个检查点。",
             )
         )
+        if any(is_remote(one.path) for one in chosen_infos):
+            st.caption(
+                ":material/cloud: "
+                + t(
+                    "The rows for a remote engine are sent to its server. It has one run: its precision is the server's.",
+                    "远程引擎的各行会发往其服务器。只运行一次：精度由服务器决定。",
+                )
+            )
         if go:
             try:
                 _start(draft, chosen, task, pairs, bases, device, title)
@@ -158,7 +191,9 @@ def _start(
     bases: dict[str, str], device: str, title: str,
 ) -> None:  # fmt: skip
     """Check every checkpoint, then copy the rows into a job for each; to the job where it is the only one."""
-    store = state.job_store()
+    engine, store = state.current_engine(), state.job_store()
+    if engine is None or any(info.path != engine.loaded.info.path for info, _ in pairs):
+        store.person.require("load")
     begin = evaluate.start if chosen.rows <= table_input.AT_ONCE_ROWS else evaluate.start_in_background
     with st.spinner(t("Checking the checkpoints and copying the rows …", "正在检查检查点并复制各行……")):
         tasks = [

@@ -314,7 +314,7 @@ def _delete(ids: list[str]) -> None:
             evaluate.delete(store, run_id)
         except GLMError as error:
             state.session_set(PROBLEM, error)
-        for file in state.settings().exports.glob(f"{run_id}-*"):
+        for file in state.exports().glob(f"{run_id}-*"):
             file.unlink(missing_ok=True)
     _clear()
 

@@ -208,7 +208,7 @@ def _precision(run: Run, scores: Scores, found: list[Run]) -> None:
         t(f"The same at {names_of}", f"以 {names_of} 再评测"),
         icon=":material/compress:",
         key="evaluate_levels_start",
-        disabled=run.state in job_panel.MOVING,
+        disabled=run.state in job_panel.MOVING or not state.may("load"),
         on_click=_start_levels,
         args=(run.id, tuple(missing)),
         help=t(
@@ -227,7 +227,9 @@ def _precision(run: Run, scores: Scores, found: list[Run]) -> None:
 
 def _start_levels(run_id: str, precisions: tuple[str, ...]) -> None:
     try:
-        evaluate.start_precisions(state.job_store(), run_id, precisions)
+        store = state.job_store()
+        store.person.require("load")
+        evaluate.start_precisions(store, run_id, precisions)
     except GLMError as error:
         state.session_set(PROBLEM, error)
         return

@@ -266,7 +266,7 @@ def _shots_file(key: str) -> str:
             ):
                 state.session_set(kept, None)
                 st.rerun()
-        path = state.settings().uploads / now["table"]
+        path = state.uploads() / now["table"]
         return str(path) if path.is_file() else ""
     with st.expander(
         t("Examples from a file of their own", "示例来自单独的文件"), icon=":material/upload_file:"

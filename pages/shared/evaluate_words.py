@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from glm_core.remote import is_remote, shown
 from pages.shared.text import said, t
 
 if TYPE_CHECKING:
@@ -101,6 +102,8 @@ def formula(task_kind: str, name: str) -> str:
 def folder(path: str) -> str:
     """A checkpoint's folder by name; of a step of a training the training too."""
     found = Path(path)
+    if is_remote(path):
+        return shown(path)
     return f"{found.parent.name}/{found.name}" if found.name.startswith("checkpoint-") else found.name
 
 

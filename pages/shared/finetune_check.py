@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from glm_core.errors import GLMError
-from pages.shared import charts, finetune_command, finetune_method, finetune_plan, panels, state
+from pages.shared import access, charts, finetune_command, finetune_method, finetune_plan, panels, state
 from pages.shared import finetune_form as form
 from pages.shared.reruns import live
 from pages.shared.state import Background
@@ -104,13 +104,14 @@ def show(chosen: Chosen, found: Prepared, asked: Asked) -> None:
                 type="primary",
                 icon=":material/play_arrow:",
                 key=f"start_{form.value('number', 0)}",  # a second click of a double click finds no button
-                disabled=bool(problems),
+                disabled=bool(problems) or not state.may("finetune"),
             )
+        access.not_allowed("finetune")
         if prediction is not None:
             _figures(task, prediction)
             _memory(prediction)
         keep, report = _chat_model(prediction, task)
-        _timing(task, bool(problems))
+        _timing(task, bool(problems) or not state.may("finetune"))
         for error in problems:
             panels.problem(error)
         with st.expander(t("The same from the shell", "命令行中的等价命令"), icon=":material/terminal:"):

@@ -41,6 +41,9 @@ def command(task: FinetuneTask) -> tuple[str, list[str]]:
     flags += {
         "int8": [("quantization_bit", 8)], "int4": [("quantization_bit", 4)], "bf16": [("bf16", True)],
         "fp16": [("fp16", True)],
+        **{
+            f"int4-g{size}": [("quantization_bit", 4), ("quantization_group", size)] for size in (32, 64, 128)
+        },
     }.get(plan.precision, [])  # fmt: skip
     flags += [
         ("device", task.device), ("per_device_train_batch_size", plan.batch_size),

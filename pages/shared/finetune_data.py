@@ -124,12 +124,12 @@ def resolve(asked: dict[str, str]) -> File:
             raise GLMError(f"There is no sample {name!r}.", f"There are: {', '.join(SAMPLES)}.")
         return File(f"sample:{name}", DATA / SAMPLES[name][0], SAMPLES[name][1])
     if path := asked.get("path"):
-        found = state.settings().allowed_table(path)
+        found = state.allowed_table(path)
         if not found.is_file():
             raise GLMError(f"{found} is a folder.", "Give the path of a file in it.")
         return File(f"path:{found}", found, found.name)
     stored = asked.get("table", "")
-    path_ = state.settings().uploads / stored
+    path_ = state.uploads() / stored
     if not STORED.fullmatch(stored) or not path_.is_file():
         raise GLMError("The uploaded table is no longer in the workspace.", "Upload it again.")
     return File(f"upload:{stored}", path_, tables.client_name(asked.get("file", stored)))

@@ -10,7 +10,7 @@ import streamlit as st
 
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
-from pages.shared import finetune_adapt, finetune_plan, page, panels, state
+from pages.shared import finetune_adapt, finetune_plan, page, panels, remote_engines, state
 from pages.shared import finetune_form as form
 from pages.shared.text import plain, t
 
@@ -27,7 +27,7 @@ HIGHEST: dict[str, float] = {
     "freeze": 5e-4,
     "full": 5e-4,
 }  # without a warning
-PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8", "int4", "int4-g32", "int4-g64", "int4-g128")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ def choose(found: Prepared, data_name: str) -> Asked | None:
         left, right = st.columns(2, gap="large")
         with left:
             on = _base()
+            remote_engines.note(
+                (
+                    "Remote engines are not offered: their weights cannot be trained from here.",
+                    "此处不提供远程引擎：无法从本机训练其权重。",
+                )
+            )
         if on is None:
             return None
         kind = _cards(on.parameters)
@@ -222,7 +228,7 @@ def _cards(parameters: int) -> Kind:
 
 def _precision(on: CheckpointInfo, kind: str) -> str:
     """What the weights that stay as they are take in memory."""
-    stored = f"int{on.bits}" if on.bits else ""
+    stored = on.codes.lower()
     choices = [stored] if stored else list(PRECISIONS if kind in ("lora", "p-tuning-v2") else PRECISIONS[:4])
     words = {
         "auto": t("automatic", "自动"),
@@ -231,6 +237,9 @@ def _precision(on: CheckpointInfo, kind: str) -> str:
         "fp16": t("FP16 · half the memory, for GPUs", "FP16 · 内存减半，适合 GPU"),
         "int8": t("INT8 · a quarter", "INT8 · 四分之一"),
         "int4": t("INT4 · an eighth", "INT4 · 八分之一"),
+        "int4-g32": t("INT4, groups of 32 · closest to the original", "INT4 分组 32 · 最接近原权重"),
+        "int4-g64": t("INT4, groups of 64", "INT4 分组 64"),
+        "int4-g128": t("INT4, groups of 128", "INT4 分组 128"),
     }
     if stored:
         st.caption(

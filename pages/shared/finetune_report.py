@@ -78,6 +78,7 @@ def _ways_on(folder: Path, checkpoint: str, status: TrainingStatus) -> None:
         type="primary",
         icon=":material/chat:",
         key="use_in_chat",
+        disabled=not state.may("load"),
         help=t(
             "Loads it with its base in place of the model in memory.", "加载它及其基座，替换内存中的模型。"
         ),

@@ -53,8 +53,7 @@ def progress_words(job: Job, status: TrainingStatus) -> str:
 
 def waiting_before(job: Job) -> int:
     """Jobs that run or wait before this one: one job runs at a time."""
-    others = state.job_store().list(limit=500, states=("running", "queued"))
-    return sum(one.state == "running" or one.id < job.id for one in others if one.id != job.id)
+    return state.job_store().ahead(job.id)
 
 
 def share(status: TrainingStatus) -> float:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from glm_core.errors import GLMError
-from pages.shared import page, panels, state, table_input
+from pages.shared import admin_jobs, page, panels, state, table_input
 from pages.shared.text import plain, said, t
 
 if TYPE_CHECKING:
@@ -50,10 +50,18 @@ def belongs_elsewhere(job: Job) -> bool:
 def badges(job: Job) -> None:
     """The state of a job, what it was asked to do, and whose it is."""
     panels.job_badge(job.state)
+    admin_jobs.owner(job)
     if job.state == "running" and job.stop_request:
         asked = {"pause": t("pausing", "正在暂停"), "cancel": t("cancelling", "正在取消")}
         st.badge(
             asked.get(job.stop_request, job.stop_request), icon=":material/hourglass_top:", color="orange"
+        )
+    if job.task.get("engine") == "ray":
+        st.badge(
+            "Ray",
+            icon=":material/hub:",
+            color="gray",
+            help=plain(str(job.task.get("address") or "")) or t("on this machine", "在本机"),
         )
     if belongs_elsewhere(job):
         st.badge(
@@ -65,6 +73,13 @@ def badges(job: Job) -> None:
                 "由命令行或其他服务运行；可在此查看、暂停和取消。",
             ),
         )
+
+
+def before(job: Job) -> str:
+    """How many jobs, of whomever, come before one that waits; "" for one that does not, or is the next."""
+    if job.state != "queued" or not (count := state.job_store().ahead(job.id)):
+        return ""
+    return t(f"{count} job{'s' * (count > 1)} before it", f"前面还有 {count} 个任务")
 
 
 def wanted(job_id: str, kind: str, otherwise: tuple[str, str]) -> Job | None:
@@ -99,7 +114,7 @@ def head(job: Job) -> DeltaGenerator:
     with row:
         st.subheader(plain(job.title), anchor=False, width="content")
         badges(job)
-        st.caption(panels.format_ago(job.created, time.time()))
+        st.caption(" · ".join(filter(None, (panels.format_ago(job.created, time.time()), before(job)))))
         st.space("stretch")
         actions(job, "page")
     return row
@@ -247,7 +262,7 @@ def _delete(job_id: str) -> None:
     else:
         store.delete(job_id)
     Reviews(store).forget(job_id)
-    for file in state.settings().exports.glob(f"{job_id}-*"):
+    for file in state.exports().glob(f"{job_id}-*"):
         file.unlink(missing_ok=True)
 
 

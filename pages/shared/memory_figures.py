@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from glm_core.memory import Level, Prediction, Published
 
 GIB = 1 << 30
-LEVEL_COLOURS = {"fp32": "bad", "bf16": "second", "fp16": "more", "int8": "main", "int4": "good"}
+LEVEL_COLOURS = {"fp32": "bad", "bf16": "second", "fp16": "more", "int8": "main", "int4": "good",
+                 "int4-g32": "other", "int4-g64": "quiet", "int4-g128": "faint"}  # fmt: skip
 PART_COLOURS = {
     "weights": "main", "cache": "other", "moved": "quiet", "activations": "second", "overhead": "faint",
     "trainable": "more", "gradients": "bad", "optimiser": "good", "head": "quiet",

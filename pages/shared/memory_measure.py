@@ -9,7 +9,7 @@ import streamlit as st
 
 from glm_core import memory
 from glm_core.errors import GLMError
-from pages.shared import evaluate_file, evaluate_task, memory_model, panels, state
+from pages.shared import access, evaluate_file, evaluate_task, memory_model, panels, state
 from pages.shared.memory_model import level_name
 from pages.shared.text import t
 
@@ -75,6 +75,7 @@ def form(draft: dict[str, Any], asked: Asked) -> None:
             task = evaluate_task.ask(*found)
     ready = bool(chosen and contexts and batches) and (task is not None or not quality)
     count = len(chosen) * len(contexts) * len(batches)
+    access.not_allowed("load")
     with place:
         st.space("stretch")
         go = st.button(
@@ -82,7 +83,7 @@ def form(draft: dict[str, Any], asked: Asked) -> None:
             type="primary",
             icon=":material/play_arrow:",
             key=f"memory_start_{draft['number']}",  # a second click of a double click finds no button
-            disabled=not ready,
+            disabled=not ready or not state.may("load"),
             help=t(f"{count} measurements", f"{count} 次测量"),
         )
     if go:

@@ -12,7 +12,7 @@ import streamlit as st
 from glm_core import memory
 from glm_core.errors import GLMError
 from glm_core.settings import MINI
-from pages.shared import panels, state
+from pages.shared import panels, remote_engines, state
 from pages.shared.text import plain, t
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ CONTEXTS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CARDS = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80)
 LEVEL_NAMES = {"fp32": "FP32", "bf16": "BF16", "fp16": "FP16", "int8": "INT8", "int4": "INT4",
+               "int4-g32": "INT4 g32", "int4-g64": "INT4 g64", "int4-g128": "INT4 g128",
                "int8-dynamic": "INT8 dynamic"}  # fmt: skip
 
 
@@ -103,6 +104,12 @@ def choose() -> Asked | None:
                     **state.kept_widget("memory.work", "answer", WORK, "index"),
                 )
             )
+        remote_engines.note(
+            (
+                "Remote engines are not offered: what a model takes on a server only the server knows.",
+                "此处不提供远程引擎：模型在服务器上占用多少只有服务器知道。",
+            )
+        )
         try:
             of = shape(model, _stamp(model))
         except GLMError as error:
@@ -197,7 +204,7 @@ def _facts(of: Shape) -> str:
         t(f"vocabulary {of.vocabulary:,}", f"词表 {of.vocabulary:,}"),
     ]
     if of.bits:
-        parts.append(t(f"stored as INT{of.bits}", f"以 INT{of.bits} 存储"))
+        parts.append(t(f"stored as {of.codes}", f"以 {of.codes} 存储"))
     return plain(of.family) + " · " + " · ".join(parts)
 
 

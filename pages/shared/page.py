@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from glm_core.errors import GLMError
-from pages.shared import panels, reruns, state
+from pages.shared import access, panels, remote_words, reruns, state
 from pages.shared.reruns import live
 from pages.shared.text import LANGUAGES, language, plain, t
 
@@ -62,13 +62,14 @@ def frame(key: str, title: tuple[str, str], icon: str, caption: tuple[str, str] 
     """Draw what all screens share; the first call of every page.
 
     Returns the place at the right of the title, for a page's own badge or button. Where the workspace cannot
-    be made, says so in a sentence and ends the run.
+    be made, says so in a sentence and ends the run; so it does with a login screen for whoever has to log in.
     """
     # an emoji, never ":material/...:": as a page icon that one is fetched from the internet
     st.set_page_config(page_title=f"{t(*title)} · GLM Workbench", page_icon="🧠", layout="wide")
     _style()
     reruns.install()
     try:
+        who = access.gate()
         state.startup()
         state.job_store()
     except GLMError as error:
@@ -76,6 +77,8 @@ def frame(key: str, title: tuple[str, str], icon: str, caption: tuple[str, str] 
         st.stop()
     with st.sidebar:
         _sidebar()
+        access.account(who)
+    access.banner(who)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.header(f":primary[{icon}] {t(*title)}", anchor=False, width="content")
         st.space("stretch")
@@ -178,11 +181,12 @@ def status_strip() -> None:
                 st.markdown(f"**{plain(name)}**")
         if engine is not None and kind == "ready":
             status = engine.status()
-            st.caption(f"{status.precision.upper()} · {panels.device_name(status.device)}")
-            panels.exact_badge(status.exact, status.exact_text)
+            st.caption(remote_words.where(engine))
+            if engine.remote is None:
+                panels.exact_badge(status.exact, status.exact_text)
         used, total, where = panels.memory_in_use()
         st.progress(min(1.0, used / total) if total else 0.0)
         st.caption(f"{where} {panels.format_bytes(used)} / {panels.format_bytes(total)}")
         queued = engine.status().queued_chat + engine.status().queued_batch if engine is not None else 0
-        running = len(state.job_store().list(limit=100, states=("running",)))
+        running = state.job_store().running()  # of everybody: they share the model
         st.caption(t(f"queue {queued} · jobs running {running}", f"排队 {queued} · 运行中的任务 {running}"))

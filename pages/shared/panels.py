@@ -111,6 +111,9 @@ def _no_model_box() -> None:
         st.markdown(f"**:material/deployed_code: {t('No model is loaded.', '尚未加载模型。')}**")
         if error := state.model_error():
             problem(error)
+        if not state.may("load"):
+            st.caption(f":material/lock: {t('An administrator has to load one.', '需要由管理员加载。')}")
+            return
         with st.container(horizontal=True, vertical_alignment="center"):
             if st.button(
                 t("Load the embedded model", "加载内置模型"),

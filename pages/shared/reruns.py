@@ -27,7 +27,15 @@ def live(run_every: float | None = None) -> Callable[[Callable[P, None]], Callab
     """`st.fragment` in a container of its own; `run_every` in seconds."""
 
     def decorate(part: Callable[P, None]) -> Callable[P, None]:
-        fragment = st.fragment(part, run_every=run_every)
+        @wraps(part)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+            from pages.shared import state
+
+            if state.person() is None:  # logged out in another tab, or taken off the users: draw the login
+                st.rerun()
+            part(*args, **kwargs)
+
+        fragment = st.fragment(checked, run_every=run_every)
 
         @wraps(part)
         def draw(*args: P.args, **kwargs: P.kwargs) -> None:

@@ -221,7 +221,7 @@ def downloads(job: Job, export: Callable[..., object], behind: str) -> None:
 def _file(job: Job, form: str, guard: bool) -> Path:
     """Where an export lies: a name that changes whenever its content does, and never the analyst's."""
     stamp = f"{job.attempt}-{job.done}-{job.failed}" + ("" if guard else "-plain")
-    return state.settings().exports / f"{job.id}-{stamp}.{form}"
+    return state.exports() / f"{job.id}-{stamp}.{form}"
 
 
 def _offer(job: Job, form: str, file: Path) -> None:

@@ -15,9 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
+from glm_core import access
+from glm_core.access import NOBODY, OPERATOR, Person
 from glm_core.errors import GLMError
+from glm_core.remote import shown
 from glm_core.settings import MINI, Settings
+from pages.shared import guard
 
 if TYPE_CHECKING:
     from glm_core.chat import ConversationStore
@@ -57,10 +62,10 @@ def current_engine() -> Engine | None:
 
 
 def job_store() -> JobStore:
-    """The durable list of jobs."""
+    """The durable list of jobs, as the person of this session sees it."""
     from glm_core import jobs
 
-    return jobs.store(settings())
+    return jobs.store(settings()).seen_by(person() or NOBODY)
 
 
 def supervisor() -> Supervisor:
@@ -78,8 +83,8 @@ def _supervisor(found: Settings) -> Supervisor:
 
 
 def conversations() -> ConversationStore:
-    """The saved conversations."""
-    return _conversations(settings().database)
+    """The saved conversations of the person of this session."""
+    return _conversations(settings().database).seen_by(person() or NOBODY)
 
 
 @st.cache_resource(show_spinner=False)
@@ -87,6 +92,122 @@ def _conversations(database: Path) -> ConversationStore:
     from glm_core import chat
 
     return chat.ConversationStore(database)
+
+
+def uploads() -> Path:
+    """The folder with what the person of this session uploaded."""
+    from glm_core import belongings
+
+    return belongings.uploads_of(settings(), (person() or NOBODY).folder)
+
+
+def exports() -> Path:
+    """Where files for a download are written; their names begin with the id of what they are about."""
+    return settings().exports
+
+
+def allowed_table(path: str) -> Path:
+    """The resolved path of a table the person of this session may open by its path; GLMError for any other."""
+    who, found = person() or NOBODY, settings()
+    who.require("paths")
+    resolved = found.allowed_table(path)
+    if who.role != "operator" and found.workspace in resolved.parents:
+        raise GLMError(f"{resolved} is part of the workspace.", "Choose a file elsewhere, or upload it.")
+    return resolved
+
+
+# --- who uses this session --------------------------------------------------------------------------------
+
+TOKEN, FILES, LEFT, VISIT = "access.token", "access.files", "access.left", "access.visitor"
+
+
+def person() -> Person | None:
+    """Who uses this session: the operator where nobody has to log in, None where somebody has and did not."""
+    found = Settings.read()
+    if found.demo:
+        if get_script_run_ctx() is None:
+            return guard.speaking.get()
+        if VISIT not in st.session_state:
+            st.session_state[VISIT] = access.visitor()
+        visitor: Person = st.session_state[VISIT]
+        return visitor
+    if not logins_on(found):
+        return OPERATOR
+    if get_script_run_ctx() is None:  # a download, which is made outside of the page
+        return guard.speaking.get()
+    if provider() and st.user.get("is_logged_in"):
+        return _of_provider(found)
+    token = str(st.session_state.get(TOKEN) or st.context.cookies.get(guard.cookie_name(found)) or "")
+    if name := guard.name_of(token, found, ("password",)):
+        return access.users_of(found).person(name, found.users_may)
+    return None
+
+
+def may(right: access.Right) -> bool:
+    """Whether the person of this session may do something."""
+    return (person() or NOBODY).may(right)
+
+
+def most_rows(rows: int) -> int:
+    """How many of so many rows a job of this person takes."""
+    return min(rows, access.DEMO_ROWS) if (person() or NOBODY).is_visitor else rows
+
+
+def logins_on(found: Settings) -> bool:
+    """Whether a login is asked for: there are users, or a provider of identities in the secrets."""
+    return access.is_on(found) or bool(provider())
+
+
+def provider() -> list[str]:
+    """The names of the OpenID providers in .streamlit/secrets.toml, "" for one without a name."""
+    from streamlit.auth_util import get_secrets_auth_section
+
+    section = get_secrets_auth_section()
+    named = [key for key in section if hasattr(section[key], "get") and key != "client_kwargs"]
+    return named or ([""] if section.get("client_id") else [])
+
+
+def _of_provider(found: Settings) -> Person | None:
+    lists = st.secrets.get("access", {})
+    mail, verified = str(st.user.get("email") or ""), st.user.get("email_verified", True) is not False
+    return access.by_mail(mail, verified, lists.get("admins", []), lists.get("people", []), found.users_may)
+
+
+def begin_login(user: access.User) -> None:
+    """Make this session a user's; what it held before is dropped."""
+    token = access.logins_of(settings()).begin(user.name, "password", user.salt)
+    _drop_session()
+    st.session_state[TOKEN] = token
+
+
+def _drop_session() -> None:
+    """Forget what the session holds, but for widgets: a widget that is gone before its page is would call its
+    callback without a value, and Streamlit drops it itself with the next page that does not draw it."""
+    context = get_script_run_ctx()
+    drawn = context.session_state._state._key_id_mapper if context is not None else ()
+    for key in [str(one) for one in st.session_state]:
+        if key not in drawn:
+            del st.session_state[key]
+
+
+def end_login() -> bool:
+    """Log out, in every tab of this browser that came from the same login; what the session held is dropped.
+
+    True where the browser is on its way to the provider's logout: a rerun now would keep it here.
+    """
+    found = settings()
+    logins = access.logins_of(found)
+    cookie = st.context.cookies.get(guard.cookie_name(found))
+    for token in (st.session_state.get(TOKEN), st.session_state.get(FILES), cookie):
+        if token:
+            logins.end(str(token))
+    _drop_session()
+    st.session_state[LEFT] = True
+    st.query_params.clear()
+    if provider() and st.user.get("is_logged_in"):
+        st.logout()
+        return True
+    return False
 
 
 # --- starting, and loading a model without keeping a screen waiting ---------------------------------------
@@ -187,7 +308,7 @@ class Loading(Background):
 
     @property
     def name(self) -> str:
-        return self.path.name if self.path else ""
+        return shown(self.path) if self.path else ""
 
     def start(
         self, path: Path, precision: str, device: str, generation: str | None, base: Path | None = None
@@ -373,7 +494,9 @@ def load_model(
     """Begin to load a checkpoint and return at once; `model_state` and `loading_progress` say how it goes.
 
     base   the checkpoint to put it on, where the folder holds an adapter alone
+    GLMError where this person may not.
     """
+    (person() or NOBODY).require("load")
     loading().start(path, precision, device, generation, base)
 
 
@@ -386,7 +509,8 @@ def loading_progress() -> tuple[float, int]:
 
 
 def unload_model() -> None:
-    """Free the model's memory; GLMError while a job holds it."""
+    """Free the model's memory; GLMError while a job holds it, and where this person may not."""
+    (person() or NOBODY).require("load")
     loading().error = startup().error = None
     engine_host().unload()
 
@@ -516,13 +640,21 @@ def kept_widget(
     }
 
 
-def _kept_file() -> Path:
-    return Settings.read().workspace / "preferences.json"
+def _kept_file() -> Path | None:
+    """Where this person's settings are kept; None for whoever is not to leave anything behind."""
+    who = person() or NOBODY
+    if who.is_visitor:
+        return None
+    name = f"preferences-{who.folder}.json" if who.folder else "preferences.json"
+    return Settings.read().workspace / name
 
 
 def _kept() -> dict[str, Any]:
+    path = _kept_file()
+    if path is None:
+        return {}
     try:
-        found = json.loads(_kept_file().read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -530,6 +662,8 @@ def _kept() -> dict[str, Any]:
 
 def _write_kept(kept: dict[str, Any]) -> None:
     path = _kept_file()
+    if path is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".preferences-")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -545,6 +679,11 @@ def session(key: str, default: Any = None) -> Any:
 def session_set(key: str, value: Any) -> None:
     """Set a value of this browser session; also a widget's, before it is drawn."""
     st.session_state[key] = value
+
+
+def session_drop(key: str) -> None:
+    """Forget a value of this browser session."""
+    st.session_state.pop(key, None)
 
 
 def query(name: str, default: str = "") -> str:

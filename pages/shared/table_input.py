@@ -145,12 +145,12 @@ def _resolve(asked: dict[str, str]) -> tuple[str, Path, str]:
         file = SAMPLES[name][0]
         return f"sample:{name}", DATA / "samples" / file, file
     if path := asked.get("path"):
-        found = state.settings().allowed_table(path)
+        found = state.allowed_table(path)
         if not found.is_file():
             raise GLMError(f"{found} is a folder.", "Give the path of a file in it.")
         return f"path:{found}", found, found.name
     stored = asked.get("table", "")
-    path = state.settings().uploads / stored
+    path = state.uploads() / stored
     if not STORED.fullmatch(stored) or not path.is_file():
         raise GLMError("The uploaded table is no longer in the workspace.", "Upload it again.")
     return f"upload:{stored}", path, tables.client_name(asked.get("file", stored))
@@ -201,6 +201,8 @@ def upload(place: str, label: str, help_: str | None = None) -> dict[str, str] |
 
     place   keeps the keys of several apart
     """
+    if not state.may("uploads"):
+        return None
     limit, count = state.settings().max_upload_mb, f"uploads.{place}"
     number = state.session(count, 0)
     sent = st.file_uploader(
@@ -209,7 +211,7 @@ def upload(place: str, label: str, help_: str | None = None) -> dict[str, str] |
     if sent is None:
         return None
     try:
-        stored = tables.save_upload(sent, sent.name, state.settings().uploads, limit * 1_000_000)
+        stored = tables.save_upload(sent, sent.name, state.uploads(), limit * 1_000_000)
     except GLMError as error:
         panels.problem(error)
         return None
@@ -220,7 +222,12 @@ def upload(place: str, label: str, help_: str | None = None) -> dict[str, str] |
 def path_box(
     key: str, example: str, check: Callable[[dict[str, str]], object], take: Callable[[dict[str, str]], None]
 ) -> None:
-    """A box for a file on this computer; `check` raises GLMError for one that cannot be opened."""
+    """A box for a file on this computer; `check` raises GLMError for one that cannot be opened.
+
+    Nothing is drawn for whoever may not open files by their path.
+    """
+    if not state.may("paths"):
+        return
     roots = ", ".join(str(root) for root in state.settings().table_roots)
     st.markdown(f"**{t('Or a file already on this computer', '或本机上的文件')}**")
     with st.form(key, border=False):

@@ -32,7 +32,7 @@ class FakeHandle:
     def __init__(self, request, number):
         self.request, self.id = request, f"page-{number}-{id(self)}"
         self.state, self.finish_reason, self.text, self.place = "queued", "", "", 2
-        self.error, self.notes, self.n_tokens = None, (), 0
+        self.error, self.notes, self.n_tokens, self.n_prompt = None, (), 0, len(request.prompt_ids)
         self.tokens_per_second, self.time_to_first_token, self.seconds = 12.5, 0.25, 2.0
         self._ended = threading.Event()
 
@@ -56,6 +56,8 @@ class FakeHandle:
 
 
 class FakeEngine:
+    remote = None
+
     def __init__(self, name="glm-test"):
         self.name, self.context, self.tokenizer = name, 400, FakeTokenizer()
         defaults = {"temperature": 0.7, "top_p": 0.8, "top_k": 50, "max_new_tokens": 50}

@@ -15,6 +15,8 @@ from glm_core.settings import MINI, Settings
 from pages.shared import memory_model
 from tests.pages.conftest import ROOT, texts
 
+GROUPED = ("INT4 g32", "INT4 g64", "INT4 g128")
+
 
 @pytest.fixture
 def opened():
@@ -94,7 +96,7 @@ def test_a_published_shape_is_predicted_without_a_file(opened):
     app = opened(model="chatglm2-6b")
     assert not app.exception
     found = bars(app)
-    assert list(found["weights"]) == ["FP32", "BF16", "INT8", "INT4", "INT8 dynamic"]
+    assert list(found["weights"]) == ["FP32", "BF16", "INT8", "INT4", *GROUPED, "INT8 dynamic"]
     assert found["weights"]["BF16"] == pytest.approx(6_243_584_000 * 2 / 2**30, abs=0.01)
     shown = texts(app)
     assert "6.2 B parameters" in shown and "stays a prediction" in shown
@@ -135,7 +137,9 @@ def test_longer_texts_and_more_rows_take_more(opened):
 def test_a_training_shows_its_own_parts_and_no_level_it_cannot_have(opened):
     app = opened(model="chatglm2-6b")
     widget(app, "selectbox", "memory.work").set_value("lora").run()
-    assert list(bars(app)["weights"]) == ["FP32", "BF16", "INT8", "INT4"] and "cache" not in bars(app)
+    assert list(bars(app)["weights"]) == ["FP32", "BF16", "INT8", "INT4", *GROUPED] and "cache" not in bars(
+        app
+    )
     widget(app, "selectbox", "memory.work").set_value("full").run()
     assert {"gradients", "optimiser", "what is trained, in fp32"} <= set(bars(app))
     assert list(bars(app)["weights"]) == ["FP32", "BF16"]

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Priority = Literal["chat", "batch"]
+REST_S = 10.0  # how long the end of the program waits for a load
 CHAT_QUEUE = 64  # waiting chat requests before a new one is refused
 BATCH_QUEUE = 2048
 CHAT_ROWS = 16
@@ -1383,6 +1384,7 @@ class EngineHost:
         self._before: int | None = None
         self._after: int | None = None
         self._lock = threading.RLock()
+        self._resting = False
         self._holds: list[str] = []
 
     def use(
@@ -1403,6 +1405,8 @@ class EngineHost:
             return self._use_remote(str(path))
         folder = Path(path).expanduser().resolve()
         with self._lock:
+            if self._resting:
+                raise GLMError("The program is ending.", "Start it again.")
             if self.current is not None and self._serves(folder, precision, device, generation, base):
                 return self.current
             self._refuse_if_held()
@@ -1533,9 +1537,14 @@ class EngineHost:
             _free_memory()
 
     def rest(self) -> None:
-        """Let the engine's thread end: one that computes while Python does ends the process with an error."""
-        if self.current is not None:
-            self.current.close()
+        """Load nothing more and let the engine's thread end, at Python's end: one that computes then ends it badly."""
+        self._resting = True
+        if self._lock.acquire(timeout=REST_S):  # held while a model is loaded
+            try:
+                if self.current is not None:
+                    self.current.close()
+            finally:
+                self._lock.release()
 
     @staticmethod
     def _settle(engine: Engine) -> None:

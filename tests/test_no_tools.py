@@ -96,3 +96,19 @@ def test_cpm_kernels_in_any_state_leaves_app_and_shell_alone_and_the_doctor_says
         "reason": REASONS[state],
         "text": f"unusable ({REASONS[state]}); optional, everything works without it",
     }
+
+
+ENDS_MEANWHILE = """
+import threading, time
+from glm_core import engine
+from glm_core.settings import MINI
+host = engine.host()
+threading.Thread(target=lambda: host.use(MINI), daemon=True).start()
+while host.loading_share == 0 and host.state != "ready":
+    time.sleep(0.005)
+print('{"state": "%s"}' % host.state)
+"""
+
+
+def test_a_program_that_ends_in_mid_load_ends_well(tmp_path):
+    assert run(ENDS_MEANWHILE, tmp_path)["state"] in ("loading", "ready")

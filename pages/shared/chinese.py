@@ -310,6 +310,7 @@ SENTENCES: dict[str, str] = {
     "started again in a smaller batch, memory had run out": "因内存不足，已改用更小的批次重新开始",
     "Memory ran out on a prompt of {} tokens.": "处理 {} 词元的提示词时内存不足。",
     "Shorten the text or the history, close other programs, or load the model in a lower precision.": "请缩短文本或历史对话、关闭其他程序，或以更低的精度加载模型。",
+    "The program is ending.": "程序正在结束。",
     "The model was unloaded.": "模型已被卸载。",
     "Load it again.": "请重新加载。",
     "Load it again on the Models page.": "请在“模型”页重新加载。",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from glm_core.engine import Engine, EngineHost
     from glm_core.jobs import JobStore, Supervisor
 
+LEAVE_S = 15.0  # how long an end waits for what a start still does
 FIRST_PAINT_S = 0.6  # importing torch holds the interpreter lock: the first screen is sent before it begins
 
 
@@ -221,7 +223,16 @@ class Startup:
         self.finished = threading.Event()
         self.error: GLMError | None = None
         self._settings = found
-        threading.Thread(target=self._run, name="glm-startup", daemon=True).start()
+        self._leaving = False
+        self._thread = threading.Thread(target=self._run, name="glm-startup", daemon=True)
+        self._thread.start()
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """At Python's end: a thread that imports or computes meanwhile would end the process with an error."""
+        self._leaving = True
+        if self._thread is not threading.current_thread():
+            self._thread.join(LEAVE_S)
 
     def _run(self) -> None:
         from glm_core import jobs
@@ -232,6 +243,8 @@ class Startup:
             import torch  # noqa: F401  # here, so that no screen waits for it
 
             self.imported.set()
+            if self._leaving:
+                return
             import pandas  # noqa: F401
 
             import glm_core.models.chatglm2  # noqa: F401
@@ -240,13 +253,14 @@ class Startup:
             # took 0.2 s each time; what they made at import is never garbage, so it is left out.
             gc.collect()
             gc.freeze()
-            if engine_host().state == "empty":
+            if engine_host().state == "empty" and not self._leaving:
                 engine_host().use(MINI)
         except GLMError as error:
             self.error = error
         finally:
             self.finished.set()
-            jobs.supervisor(self._settings).start()
+            if not self._leaving:
+                jobs.supervisor(self._settings).start()
 
 
 def startup() -> Startup:

@@ -538,7 +538,7 @@ class Engine:
         return Scorer(self, answers, head)
 
     def choose_threads(self, budget_s: float = 1.0) -> Choice | None:
-        """Compute with as many threads as are fastest for a token of one row and of eight, as measured now.
+        """Compute with as many threads as are fastest for a token of one row and of eight and for reading prompts.
 
         None, and nothing changes, for a model that is not on the processor, where an environment variable has chosen,
         and where there is one processor.
@@ -562,7 +562,10 @@ class Engine:
 
         def begin() -> threads.Measurement:
             now = min(torch.get_num_threads(), most)
-            steps = [self._token_step(rows) for rows in (1, 8)]
+            # A chat, a few answers at once, and prompts or labels of a table.
+            steps = [self._token_step(1), self._token_step(8)]
+            if not self.whole_prompts:
+                steps.append(self._token_step(8, 48))
             return threads.Measurement(steps, among, now, torch.set_num_threads, budget_s)
 
         measured = self.later(begin).result()
@@ -571,8 +574,8 @@ class Engine:
         self.threads = self.later(measured.choose).result()
         return self.threads
 
-    def _token_step(self, rows: int) -> Callable[[], object]:
-        """A call that feeds one token to each of some rows, as often as wanted, behind a short prompt."""
+    def _token_step(self, rows: int, tokens: int = 1) -> Callable[[], object]:
+        """A call that feeds some tokens to each of some rows, as often as wanted, behind a short prompt."""
         import torch
 
         from .tokenizers.base import Message
@@ -581,12 +584,13 @@ class Engine:
         cache, layout = self.empty_cache(rows), self.layouts(full)
         ids, real, positions = self.left_padded(full, 0)
         self._forward(cache, ids, positions, real, layout)
-        length, last, where = cache.length, ids[:, -1:], positions[:, -1:] + 1
-        seen = torch.nn.functional.pad(real, (0, 1), value=True)
+        length, fed = cache.length, ids[:, -1:].repeat(1, tokens)
+        where = positions[:, -1:] + torch.arange(1, tokens + 1, device=self.device)
+        seen = torch.nn.functional.pad(real, (0, tokens), value=True)
 
         def step() -> None:
             cache.length = length
-            self._forward(cache, last, where, seen, layout)
+            self._forward(cache, fed, where, seen, layout)
 
         return step
 

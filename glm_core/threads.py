@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ASKED = ("GLM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")  # who sets one of these has chosen
-CLEARLY = (
-    0.87  # another number than torch's has to take at most this share of its time: measurements are noisy
-)
+CLEARLY = 0.87  # another number has to take at most this share of the time: measurements are noisy
+WORSE = 1.1  # and no kind of step may take longer than this share
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -113,9 +112,10 @@ class Measurement:
         """The fastest number by what was measured, in use from now on."""
 
         def cost(threads: int) -> float:
-            """Time against that of `now`, the mean over the steps."""
-            shares = zip(self._best[threads], self._best[self._now], strict=True)
-            return math.prod(mine / theirs for mine, theirs in shares) ** (1 / len(self._steps))
+            """Time against that of `now`, the mean over the steps; infinite where one of them gets slower."""
+            pairs = zip(self._best[threads], self._best[self._now], strict=True)
+            shares = [mine / theirs for mine, theirs in pairs]
+            return math.inf if max(shares) > WORSE else math.prod(shares) ** (1 / len(shares))
 
         chosen = min(self._best, key=cost)
         if cost(chosen) > CLEARLY:

@@ -33,7 +33,8 @@ SHAPE = {
 }  # fmt: skip
 PAST = {1: 64, 8: 32, 32: 16}  # tokens of a stream before the measured ones; llama.cpp needs long for more
 # The released code multiplies INT8 and INT4 on a CPU by expanding them to fp32 in a compiled kernel. Tokens per second
-# of its kernel on the four layer shapes times 28, on an EPYC with AVX512, 2 threads; the higher of the two seen.
+# of its kernel on the four layer shapes times 28, on 2 cores of an EPYC of the Zen 5 kind; the higher of the two seen.
+# Not of this run: on a slower processor the ratio is less than it would be beside the kernel itself.
 RELEASED = {"int8": 0.56, "int4": 0.52}
 
 
@@ -333,7 +334,7 @@ def duel(ours: Worker, one: Duel, options: argparse.Namespace) -> None:
                     whole = mine * (options.layers / SHAPE["num_layers"])
                     times = whole / RELEASED[base]
                     print(
-                        f"{one.level:13} / released {base} code 1 stream     x {times:.1f}{verdict(times, 10)}"
+                        f"{one.level:13} / released {base} code, noted elsewhere, 1 stream     x {times:.1f}{verdict(times, 10)}"
                     )
     finally:
         other.close()

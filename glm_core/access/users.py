@@ -74,7 +74,7 @@ class Users:
     def all(self) -> dict[str, User]:
         """Every user by name; GLMError where the file cannot be read."""
         with self._lock:
-            state = self._stat()
+            state = file_state(self.path)
             if state != self._state:
                 self._users = self._read() if state else {}
                 self._state = state
@@ -181,12 +181,14 @@ class Users:
             ) from None
         return {one.name: one for one in users}
 
-    def _stat(self) -> tuple[int, int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
+
+def file_state(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file does, None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 _files: dict[Path, Users] = {}

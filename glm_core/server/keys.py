@@ -12,6 +12,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from ..access.users import file_state
 from ..errors import GLMError
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class Keys:
         """GLMError where the file cannot be read or holds no key."""
         self.path = path
         self._hashes = read_hashes(path)
-        self._state, self._looked = self._stat(), time.monotonic()
+        self._state, self._looked = file_state(self.path), time.monotonic()
         if not self._hashes:
             raise GLMError(
                 f"There is no key in {path}.", "Make one with `python -m glm_core serve --new-key`."
@@ -95,7 +96,7 @@ class Keys:
         if now - self._looked < LOOK_SECONDS:
             return
         self._looked = now
-        if (state := self._stat()) == self._state:
+        if (state := file_state(self.path)) == self._state:
             return
         self._state = state
         try:
@@ -103,13 +104,6 @@ class Keys:
         except GLMError as error:
             self._hashes = ()
             log.error("no key is accepted: %s", error)
-
-    def _stat(self) -> tuple[int, int, int] | None:
-        try:
-            found = self.path.stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _hash(key: str) -> bytes:

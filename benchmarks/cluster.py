@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=MINI)
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--kind", choices=("classify", "batch"), default="classify")
-    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()

@@ -1214,19 +1214,15 @@ class Engine:
 
     def _prepared(self) -> LeanDecoder | None:
         """The model's lean forward, where it has one, with the weights laid out for this processor."""
-        from . import linear
-        from .models.lean import lean
+        from .models.lean import laid_out, lean
 
         if self.loaded.device_map:
             return None
         self.model.eval()
-        found = lean(self.model)
-        if self.loaded.device.type == "cpu":
-            if self.loaded.precision == checkpoints.DYNAMIC:
-                linear.dynamic(self.model)
-                found = lean(self.model)
-            linear.pack(self.model)
-            trim()
+        if self.loaded.device.type != "cpu":
+            return lean(self.model)
+        found = laid_out(self.model, self.loaded.precision == checkpoints.DYNAMIC)
+        trim()
         return found
 
     def _element_size(self) -> int:
@@ -1351,6 +1347,35 @@ def trim() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def _in_thread_of_its_own(work: Callable[[], T], name: str) -> T:
+    """Call a function that does not raise, in a thread that ends with it, and wait for it.
+
+    OpenMP keeps threads for every thread that has computed with several. With more of them than processors they sleep
+    after every step instead of waiting for the next: the embedded model said half as many tokens per second in a
+    program whose main thread had loaded it.
+    """
+    done: list[T] = []
+    thread = threading.Thread(target=lambda: done.append(work()), name=name, daemon=True)
+    thread.start()
+    thread.join()
+    return done.pop()
+
+
+def leave_imports_alone() -> None:
+    """Import what a model needs and take all that is there out of the garbage collector's sight, before a load.
+
+    For programs that answer people: what libraries make at import is never garbage, and to look through it took
+    0.2 s each time, in which nobody was answered. A model loaded later is collected as always.
+    """
+    import pandas  # noqa: F401
+    import torch  # noqa: F401
+
+    from .models import chatglm, chatglm2  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 def _free_memory() -> None:
     import torch
 
@@ -1389,6 +1414,7 @@ class EngineHost:
         self._after: int | None = None
         self._lock = threading.RLock()
         self._resting = False
+        self._settling: threading.Thread | None = None
         self._holds: list[str] = []
 
     def use(
@@ -1410,7 +1436,7 @@ class EngineHost:
         folder = Path(path).expanduser().resolve()
         with self._lock:
             if self._resting:
-                raise GLMError("The program is ending.", "Start it again.")
+                raise self._ending()
             if self.current is not None and self._serves(folder, precision, device, generation, base):
                 return self.current
             self._refuse_if_held()
@@ -1418,29 +1444,38 @@ class EngineHost:
             self.state, self.loading_name, self.error = "loading", folder.name, None
             self.loading_bytes, self.loading_share = 0, 0.0
             self._before = _process_bytes()
-            problem: GLMError | None = None
-            try:
-                loaded = checkpoints.load(folder, precision, device, generation, base, self._progress)
-                self._progress(self.loading_bytes, self.loading_bytes)
-                engine = Engine(loaded)
-            except GLMError as error:
-                problem = GLMError(error.message, error.todo)
-            except Exception as error:
-                log.exception("loading failed")
-                problem = GLMError(
-                    f"{folder.name} did not load: {type(error).__name__}: {str(error)[:200]}.",
-                    "See the log; `python -m glm_core doctor` says whether something is missing.",
-                )
-            if (
-                problem is not None
-            ):  # raised out here: the first error's traceback would keep the weights in memory
-                self.state, self.error = "failed", problem
+            engine = _in_thread_of_its_own(
+                lambda: self._engine(folder, precision, device, generation, base), "glm-load"
+            )
+            if isinstance(engine, GLMError):
+                self.state, self.error = "failed", engine
                 _free_memory()
-                raise problem
+                raise engine
             self._after = _process_bytes()
             self.current, self.state = engine, "ready"
-        threading.Thread(target=self._settle, args=(engine,), name="glm-self-test", daemon=True).start()
+            if not self._resting:
+                self._settling = threading.Thread(
+                    target=self._settle, args=(engine,), name="glm-self-test", daemon=True
+                )
+                self._settling.start()
         return engine
+
+    def _engine(
+        self, folder: Path, precision: str, device: str, generation: str | None, base: str | Path | None
+    ) -> Engine | GLMError:
+        """A loaded model's engine, or why there is none: raised here, the error would keep the weights in memory."""
+        try:
+            loaded = checkpoints.load(folder, precision, device, generation, base, self._progress)
+            self._progress(self.loading_bytes, self.loading_bytes)
+            return Engine(loaded)
+        except GLMError as error:
+            return GLMError(error.message, error.todo)
+        except Exception as error:
+            log.exception("loading failed")
+            return GLMError(
+                f"{folder.name} did not load: {type(error).__name__}: {str(error)[:200]}.",
+                "See the log; `python -m glm_core doctor` says whether something is missing.",
+            )
 
     def _use_remote(self, spec: str) -> Engine:
         """The engine of a server, in the place of a loaded model. GLMError where the server does not answer."""
@@ -1505,8 +1540,14 @@ class EngineHost:
 
     def _progress(self, done: int, total: int) -> None:
         self.loading_bytes, self.loading_share = total, done / max(1, total)
+        if self._resting:  # a large model is not read to its end first
+            raise self._ending()
         if self.on_progress is not None:
             self.on_progress(done, total)
+
+    @staticmethod
+    def _ending() -> GLMError:
+        return GLMError("The program is ending.", "Start it again.")
 
     def _serves(
         self, folder: Path, precision: str, device: str, generation: str | None, base: str | Path | None
@@ -1541,12 +1582,17 @@ class EngineHost:
             _free_memory()
 
     def rest(self) -> None:
-        """Load nothing more and let the engine's thread end, at Python's end: one that computes then ends it badly."""
+        """Load nothing more and let the threads of this module end, at Python's end.
+
+        One that is inside of a C++ library then ends the whole program with "terminate called".
+        """
         self._resting = True
         if self._lock.acquire(timeout=REST_S):  # held while a model is loaded
             try:
                 if self.current is not None:
                     self.current.close()
+                if self._settling is not None:  # the engine is closed: its next question is refused
+                    self._settling.join(REST_S)
             finally:
                 self._lock.release()
 

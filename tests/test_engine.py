@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -15,6 +17,7 @@ import torch
 from glm_core import engine as engine_module
 from glm_core.engine import EngineBusy, EngineHost, GenerationSettings, Request, choose, warp
 from glm_core.errors import GLMError
+from glm_core.settings import REPOSITORY
 from glm_core.tokenizers.chatglm2 import Message
 from tests.conftest import GOLDEN
 
@@ -532,3 +535,20 @@ def test_more_scores_than_the_limit_are_refused(engine):
     for wrong in (-1, engine_module.MOST_LIKELIEST + 1):
         with pytest.raises(GLMError, match=f"logprobs is {wrong}"):
             engine.submit(Request(prompt(engine, "你好"), logprobs=wrong))
+
+
+def test_threads_that_import_different_models_at_once_all_get_them():
+    """transformers fills its namespace lazily; a page's thread was told that it has no GlmConfig."""
+    code = (
+        "import importlib, threading, torch\n"
+        "failed = []\n"
+        "def load(name):\n"
+        "    try: importlib.import_module('glm_core.models.' + name)\n"
+        "    except ImportError as error: failed.append(error)\n"
+        "threads = [threading.Thread(target=load, args=(n,)) for n in ('chatglm', 'chatglm2', 'lean')]\n"
+        "[one.start() for one in threads]; [one.join() for one in threads]\n"
+        "assert not failed, failed\n"
+    )
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -95,7 +96,19 @@ def test_models_without_roles_take_a_system_prompt_as_their_own_server_does(requ
         assert found.usage.prompt_tokens == len(ids)
 
 
-def test_a_stream_says_the_same_and_ends_with_the_usage(ai, tiny, prompt):  # noqa: F811
+@pytest.fixture
+def unhurried(tiny, monkeypatch):  # noqa: F811
+    """The model takes its time, so that an answer is on its way for longer than a busy machine stands still."""
+    step = tiny._step
+
+    def slowly(priority):
+        time.sleep(0.03)
+        return step(priority)
+
+    monkeypatch.setattr(tiny, "_step", slowly)
+
+
+def test_a_stream_says_the_same_and_ends_with_the_usage(ai, tiny, prompt, unhurried):  # noqa: F811
     stream = ai.chat.completions.create(
         model="any", messages=HELLO, temperature=0, max_tokens=20, stream=True,
         stream_options={"include_usage": True},
@@ -230,7 +243,7 @@ def test_errors_are_the_clients_own(ai, client, tiny):  # noqa: F811
     assert int(busy.value.response.headers["retry-after"]) >= 1
 
 
-def test_a_failure_in_a_stream_is_raised_by_the_client(ai, tiny, monkeypatch):  # noqa: F811
+def test_a_failure_in_a_stream_is_raised_by_the_client(ai, tiny, monkeypatch, unhurried):  # noqa: F811
     stream = ai.chat.completions.create(model="any", messages=HELLO, temperature=2, stream=True)
     next(stream)
     monkeypatch.setattr(tiny, "_step", lambda priority: (_ for _ in ()).throw(ValueError("broken")))

@@ -62,6 +62,7 @@ class _Running:
         self, listening: socket.socket, options: argparse.Namespace, model: Path, base: str | Path | None
     ) -> None:
         """Serve until told to stop; GLMError where the model does not load."""
+        from ..engine import leave_imports_alone
         from ..server import Service, uvicorn_server
 
         service = Service(self._options, lambda: self._host.current, lambda: self._host.loading_share)
@@ -70,6 +71,7 @@ class _Running:
 
         def load() -> None:
             try:
+                leave_imports_alone()
                 engine = self._host.use(model, options.precision, options.device, base=base)
                 info = engine.loaded.info
                 say(

@@ -30,6 +30,7 @@ class Feed:
         self.results: list[Result] = []
         self.warnings: list[str] = []
         self.ended: GLMError | None = None  # why nothing more will come
+        self.idle = False  # whether the runner waits for rows
 
     def add(self, rows: Rows) -> None:
         """Rows to be answered."""
@@ -41,7 +42,10 @@ class Feed:
         """Rows that have come since; waits a moment where there are none."""
         with self.changed:
             if not self.rows and wait_s:
-                self.changed.wait(wait_s)
+                self.idle = True
+                self.changed.notify_all()
+                self.changed.wait_for(lambda: self.rows, wait_s)
+                self.idle = False
             return [self.rows.popleft() for _ in range(min(limit, len(self.rows)))]
 
     def save_results(self, job_id: str, results: Iterable[Result], owner: str | None = None) -> int:
@@ -68,7 +72,8 @@ class Feed:
     def fetch(self, wait_s: float) -> tuple[list[Result], list[str], str]:
         """(results and warnings since the last time, why nothing more will come); waits for some of these."""
         with self.changed:
-            self.changed.wait_for(lambda: self.results or self.ended, wait_s)
+            # Many small reports would take the time of those who compute.
+            self.changed.wait_for(lambda: (self.results and self.idle) or self.ended, wait_s)
             ended = str(self.ended) if self.ended is not None and not self.results else ""
             found = self.results, self.warnings, ended
             self.results, self.warnings = [], []
@@ -80,6 +85,7 @@ class _Fed(batch.Stretch):
 
     def _rows(self) -> Rows:
         idle = not (getattr(self, "ready", ()) or getattr(self, "running", ()))
+        self._commit(all_of_it=idle)  # who waits for rows gets none while its answers are kept back
         return cast(Feed, self.store).pending(self.job.id, batch.WINDOW_ROWS, wait_s=NAP_S if idle else 0)
 
 
@@ -139,6 +145,9 @@ class Worker:
 
     def _work(self) -> None:
         try:
+            from ..engine import leave_imports_alone
+
+            leave_imports_alone()
             if self.threads:
                 import torch
 

@@ -16,16 +16,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from ..errors import GLMError
+from .library import (
+    ALL_ATTENTION_FUNCTIONS,
+    BaseModelOutputWithPast,
+    Cache,
+    CausalLMOutputWithPast,
+    DynamicCache,
+    GenerationMixin,
+    GradientCheckpointingLayer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    can_return_tuple,
+    capture_outputs,
+    init,
+    merge_with_config_defaults,
+)
 
 # The release counts 28 layers here whatever config.json says, so a model of another depth was trained with 28 too.
 ALPHA = math.sqrt(2 * 28)

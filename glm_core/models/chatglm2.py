@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GlmConfig, GlmForCausalLM
-from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
-
 from ..errors import GLMError
+from .library import (
+    GlmConfig,
+    GlmForCausalLM,
+    Split,
+    WeightConverter,
+    WeightRenaming,
+    register_checkpoint_conversion_mapping,
+)
 
 # What every published ChatGLM2/3 checkpoint says; another value means another architecture.
 FIXED: dict[str, Any] = {

@@ -245,14 +245,9 @@ class Startup:
             self.imported.set()
             if self._leaving:
                 return
-            import pandas  # noqa: F401
+            from glm_core.engine import leave_imports_alone
 
-            import glm_core.models.chatglm2  # noqa: F401
-
-            # Streamlit collects garbage after every run of a page or fragment. With these libraries loaded that
-            # took 0.2 s each time; what they made at import is never garbage, so it is left out.
-            gc.collect()
-            gc.freeze()
+            leave_imports_alone()  # Streamlit collects garbage after every run of a page or fragment
             if engine_host().state == "empty" and not self._leaving:
                 engine_host().use(MINI)
         except GLMError as error:

@@ -47,19 +47,14 @@ class Ours:
     def __init__(self, level: str, shape: dict[str, Any], threads: int) -> None:
         import torch
 
-        from glm_core import linear
-        from glm_core.models.lean import lean
+        from glm_core.models.lean import laid_out, lean
 
         torch.set_num_threads(threads)
         self.torch = torch
         self.layers = shape["num_layers"]
         self.model = random_model(level, shape)
-        self.forward: Any = lean(self.model)
-        if level == "int8-dynamic":
-            linear.dynamic(self.model)
-            self.forward = lean(self.model)
-        if level != "bf16-plain":
-            linear.pack(self.model)
+        plain = level == "bf16-plain"
+        self.forward: Any = lean(self.model) if plain else laid_out(self.model, level == "int8-dynamic")
 
     def _cache(self) -> Any:
         from glm_core.engine import KVCache
@@ -377,6 +372,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         options.files = options.files or Path(folder)
+        options.files.mkdir(parents=True, exist_ok=True)
         options.log = options.keep_log.open("w") if options.keep_log else subprocess.DEVNULL
         there = {"ours"} | {
             name

@@ -2,7 +2,8 @@
 
     python benchmarks/streams.py
 
-Greedy, 64 tokens per answer for everybody (ends of answers are ignored), in turns within one process.
+Greedy, 64 tokens per answer for everybody (ends of answers are ignored), in turns within one process and one thread:
+OpenMP's threads belong to the one that computes, and those of a second would slow both.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,6 +34,12 @@ STREAMS = 32
 def prompts(tokenizer) -> list[tuple[int, ...]]:
     texts = [f"第{i}条评论写得怎么样？请说说你的看法。" for i in range(STREAMS)]
     return [tuple(tokenizer.chat_ids([Message("user", text)])) for text in texts]
+
+
+def loaded(folder: Path, precision: str) -> tuple[checkpoints.LoadedModel, Engine]:
+    """The model as it is, and another copy of it in an engine."""
+    plain = checkpoints.load(folder, precision, "cpu")
+    return plain, Engine(checkpoints.load(folder, precision, "cpu"), max_rows=STREAMS)
 
 
 def generated(loaded: checkpoints.LoadedModel, ids: tuple[int, ...]) -> float:
@@ -63,13 +72,17 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, {os.cpu_count()} cores, {platform.machine()}")
     for precision in options.precision or ["fp32", "bf16"]:
-        plain = checkpoints.load(options.checkpoint, precision, "cpu")
-        running = Engine(checkpoints.load(options.checkpoint, precision, "cpu"), max_rows=STREAMS)
+        with ThreadPoolExecutor(1) as once:
+            plain, running = once.submit(loaded, options.checkpoint, precision).result()
         running.tokenizer.stop_ids = frozenset()
         some = prompts(plain.tokenizer)
         found: dict[str, list[float]] = {name: [] for name in ("generate", "one", "many")}
         for number in range(options.rounds + 1):
-            speeds = generated(plain, some[0]), streamed(running, some[:1]), streamed(running, some)
+            speeds = (
+                running.between_steps(partial(generated, plain, some[0])),
+                streamed(running, some[:1]),
+                streamed(running, some),
+            )
             if number:  # the first round warms up
                 for name, speed in zip(found, speeds, strict=True):
                     found[name].append(speed)

@@ -21,7 +21,14 @@ OPTIONAL = {"cpm_kernels"}
 FEATURES = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8")
 CPM_OLDEST, CPM_NEWEST = (6, 1), (8, 9)  # its binaries are for sm_61 to sm_86; 8.9 runs those of its major
 LITTLE_DISK = 1 << 30
-VARIABLES = ("GLM_WORKSPACE", "GLM_MODELS", "GLM_TABLES", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+VARIABLES = (
+    "GLM_WORKSPACE",
+    "GLM_MODELS",
+    "GLM_TABLES",
+    "GLM_KERNELS",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+)
 
 Problems = list[dict[str, str]]
 Section = dict[str, Any]
@@ -196,7 +203,12 @@ def _memory(problems: Problems) -> Section:
 
 
 def _kernels(problems: Problems) -> Section:
-    found: Section = {"torch": "used on every device; nothing is compiled at run time"}
+    from . import kernels
+
+    found: Section = {
+        "torch": "used on every device; no compiler of the system is ever called",
+        "few_rows": f"on this processor {kernels.state()}",
+    }
     usable, why = False, ""
     try:
         # It opens the CUDA driver while it is imported, and without one raises RuntimeError on Linux and

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import quantization
+from . import kernels, quantization
 from .errors import GLMError
 from .quantization import RowwiseLinear, pack_int4, unpack_int4
 
@@ -29,7 +29,7 @@ CODES_AT_ONCE = 1 << 18  # while quantizing: the temporaries, some MB in fp32, s
 CODES_AT_ONCE_ELSEWHERE = 1 << 22
 SCALES = ("weight_scale", "weight_zero")
 # Up to so many rows, one tile of its product, the INT4 kernel for CUDA computes: beyond, expanded codes are read once
-# for all rows. A processor's limit is that of row-wise INT4 (quantization.FEW_ROWS).
+# for all rows. A processor's limit is that of row-wise INT4.
 FEW_ROWS_CUDA = 16
 CUDA_ROWS = 8  # of a weight in a tile of that kernel
 
@@ -139,6 +139,7 @@ class GroupwiseLinear(RowwiseLinear):
     """
 
     weight_zero: nn.Parameter
+    _kind: kernels.Kind = "int4 groups"
 
     def __init__(
         self,
@@ -188,7 +189,10 @@ class GroupwiseLinear(RowwiseLinear):
         return dequantize(self.stored(), found["weight_scale"], found["weight_zero"], dtype)
 
     def _forward(self, x: Tensor) -> Tensor:
-        out = self._by_kernel(x) if self._kernel_serves(x) else self._by_blocks(x)
+        serves = self._kernel_serves(x)
+        if serves and x.device.type == "cpu" and (own := self._own()):
+            return self._by_own(own, x)
+        out = self._by_kernel(x) if serves else self._by_blocks(x)
         if self.bias is not None:
             out += self.bias
         return out.to(x.dtype)
@@ -230,7 +234,7 @@ class GroupwiseLinear(RowwiseLinear):
             yield rows, codes
 
     def _kernel_serves(self, x: Tensor) -> bool:
-        few = {"cpu": quantization.FEW_ROWS[4], "cuda": FEW_ROWS_CUDA}.get(x.device.type, 0)
+        few = {"cpu": self._few_rows(), "cuda": FEW_ROWS_CUDA}.get(x.device.type, 0)
         if x.dtype != torch.bfloat16 or not 0 < x.shape[0] <= few:
             return False
         if x.device.type == "cuda":
@@ -242,6 +246,11 @@ class GroupwiseLinear(RowwiseLinear):
         if self.weight.dtype == torch.int8 and self.tiled:
             self._tile(tile)
         return self._pairs is not None
+
+    def _by_own(self, own: kernels.Kernels, x: Tensor) -> Tensor:
+        assert self._pairs is not None
+        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
+        return self._parts(own, x, self._pairs, bias, self.group)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         assert self._pairs is not None

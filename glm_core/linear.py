@@ -7,19 +7,29 @@ are tried before they are used, and what they cannot serve is computed as always
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import groupwise
+from . import groupwise, kernels
 from .groupwise import GroupwiseLinear
+from .kernels import HALF_ABOVE, MOST_ROWS, SMALLEST, TILE, ZERO
 from .quantization import RowwiseLinear, quantize_weight, unpack_int4
 
 DTYPES = (torch.float32, torch.bfloat16)
+FEW_ROWS = 8  # up to which the product's time is that of reading the weight
+ROWS_AT_ONCE = 256  # in 8 bits; what is made on the way then stays in memory that is used again
+TRIAL_BYTES = 128 << 20  # more than most caches hold; also of a model for which a trial is worth its time
+CLEARLY = 0.95  # more rows have to take at most this share of the time of fewer: measurements are noisy
+
+Rows = tuple[int, ...]  # [n]: how many rows to compute for n; a count without an entry stays
 
 
 class PackedLinear(nn.Module):
@@ -29,6 +39,7 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    rows: Rows = ()
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         """Pack a float weight (out, in) on the CPU; the bias is shared."""
@@ -37,6 +48,8 @@ class PackedLinear(nn.Module):
         self.dtype = weight.dtype
         with torch.inference_mode(False), torch.no_grad():
             self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+        alike = weight.dtype == torch.bfloat16 and (bias is None or bias.dtype == weight.dtype)
+        self.few = alike and in_tiles("bf16", self._packed, weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), False))
 
     @property
@@ -49,12 +62,28 @@ class PackedLinear(nn.Module):
         """Bytes of the weight."""
         return self.out_features * self.in_features * self.dtype.itemsize
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what a few rows will need, so that no answer waits for it; only the weight's dtype does."""
+        if self.few and dtype == self.dtype and (own := kernels.kernels()):
+            own.make("bf16", dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if x.dtype != self.dtype or (torch.is_grad_enabled() and x.requires_grad):
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.linear(x, self.weight.to(x.dtype), bias)
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+        n = x.numel() // self.in_features
+        if self.few and 0 < n <= MOST_ROWS and (own := kernels.kernels()):
+            address = torch.ops.mkldnn.data_ptr(self._packed)
+            out: Tensor = own(
+                "bf16", x.reshape(n, self.in_features), address, self.out_features, None, None, self.bias
+            )
+            return out.view(*x.shape[:-1], self.out_features)
+        if n < len(self.rows) and (most := self.rows[n]) != n:
+            wide = F.pad(x.reshape(n, self.in_features), (0, 0, 0, most - n))
+            out = torch.ops.mkldnn._linear_pointwise(wide, self._packed, self.bias, "none", [], "")
+            return out[:n].view(*x.shape[:-1], self.out_features)
+        out = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
         return out
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -77,7 +106,7 @@ class DynamicLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
-    ZERO = 128
+    rows: Rows = ()
 
     def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -85,6 +114,8 @@ class DynamicLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             self._packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.detach().contiguous(), None)
             self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
+            self.few = in_tiles("int8", self._packed, codes)
+            self._sums = codes.sum(-1, dtype=torch.int32) * -ZERO if self.few else None
         self.weight_scale = nn.Parameter(scale.detach().float(), False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), False))
 
@@ -97,22 +128,60 @@ class DynamicLinear(nn.Module):
         """Bytes of the codes."""
         return self.out_features * self.in_features
 
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what a few rows of `dtype` will need, so that no answer waits for it."""
+        if self.few and dtype in DTYPES and (own := kernels.kernels()):
+            own.make("int8", dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x."""
         rows = x.reshape(-1, self.in_features)
-        largest = torch.linalg.vector_norm(rows, float("inf"), -1, keepdim=True, dtype=torch.float32)
-        largest.clamp_min_(torch.finfo(torch.float32).tiny * self.ZERO)  # a row of zeros stays zeros
-        codes = (
-            (rows * (127 / largest)).add_(self.ZERO + 0.5).to(torch.uint8)
-        )  # cut off: rounded to the nearest
+        if self.few and 0 < len(rows) <= MOST_ROWS and x.dtype in DTYPES and (own := kernels.kernels()):
+            address = torch.ops.mkldnn.data_ptr(self._packed)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            out = own("int8", rows, address, self.out_features, self.weight_scale, self._sums, bias)
+        elif len(rows) == 1 and x.dtype in DTYPES:
+            out = self._single(rows)
+        else:
+            out = x.new_empty(len(rows), self.out_features)
+            parts = max(1, -(-len(rows) // ROWS_AT_ONCE))
+            for part, target in zip(rows.chunk(parts), out.chunk(parts), strict=True):
+                self._product(part, target)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, rows: Tensor, out: Tensor) -> None:
+        """(n, in) -> (n, out)."""
+        if self.few and out.dtype in DTYPES and (own := kernels.kernels()):
+            codes, worth = own.encode(rows)
+            bias = None if self.bias is None else self.bias.to(out.dtype)
+            own.scale(self._multiply(codes, 1.0, torch.float32), worth, bias, out)
+            return
+        largest = rows.abs().amax(-1, keepdim=True).float()
+        largest.clamp_min_(SMALLEST)
+        codes = (rows * (127 / largest)).add_(HALF_ABOVE).to(torch.uint8)
+        sums = self._multiply(codes, 1.0, torch.float32)
+        if self.bias is None:
+            torch.mul(sums, largest.div_(127), out=out)
+        else:
+            torch.addcmul(self.bias.float(), sums, largest.div_(127), out=out)
+
+    def _single(self, row: Tensor) -> Tensor:
+        """(1, in) -> (1, out) in the dtype of the row: the same with fewer operations, which cost more than they do."""
+        largest = max(float(row.abs().max()), SMALLEST)
+        codes = row.float().mul(127 / largest).add_(HALF_ABOVE).to(torch.uint8)
+        if self.bias is None:
+            return self._multiply(codes, largest / 127, row.dtype)
+        return self._multiply(codes, largest / 127, torch.float32).add_(self.bias).to(row.dtype)
+
+    def _multiply(self, codes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        """Unsigned codes (n, in) around ZERO, each worth `scale` -> (n, out)."""
+        n = len(codes)
+        if n < len(self.rows) and (most := self.rows[n]) != n:
+            codes = F.pad(codes, (0, 0, 0, most - n))
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, self.ZERO, self._packed, self.weight_scale, self._zeros, None, 1.0, 0, torch.float32,
-            "none", [], "",
+            codes, scale, ZERO, self._packed, self.weight_scale, self._zeros, None, 1.0, 0, dtype, "none", [], "",
         )  # fmt: skip
-        out *= largest / 127
-        if self.bias is not None:
-            out += self.bias
-        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+        return out[:n]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -250,6 +319,62 @@ def pack(model: nn.Module) -> int:
     return total
 
 
+def prepare(model: nn.Module, dtype: torch.dtype) -> None:
+    """Compile and try what a laid out model's layers need for a few rows of `dtype`, so that no answer waits for it."""
+    kernels.kernels()  # norms use them, too
+    layers = {id(one): one for one in model.modules()}
+    layers |= {id(one.whole): one.whole for one in layers.values() if isinstance(one, Part)}
+    for one in layers.values():
+        if isinstance(one, PackedLinear | DynamicLinear | RowwiseLinear):
+            one.prepare(dtype)
+    packed = [one for one in layers.values() if isinstance(one, PackedLinear | DynamicLinear) and not one.few]
+    if sum(one.nbytes for one in packed) < TRIAL_BYTES:
+        return
+    for one in packed:
+        one.rows = fastest_rows(one.dtype if isinstance(one, PackedLinear) else torch.int8)
+
+
+@lru_cache(maxsize=len(DTYPES) + 1)
+def fastest_rows(dtype: torch.dtype) -> Rows:
+    """For 0 to 8 rows the number of rows, not fewer, whose product with a large weight takes the least time here.
+
+    oneDNN takes another kernel for some numbers of rows: with six it reads a weight up to a third faster than with
+    one (Zen 4, oneDNN of torch 2.13). Takes about a second (0.8 to 1.5 s there), once in a process.
+    """
+    columns = 4096
+    weights = TRIAL_BYTES // columns // dtype.itemsize
+    layer: PackedLinear | DynamicLinear
+    if dtype == torch.int8:
+        layer = DynamicLinear(torch.ones(weights, columns, dtype=dtype), torch.ones(weights), None)
+    else:
+        layer = PackedLinear(torch.ones(weights, columns, dtype=dtype), None)
+    given = torch.ones(FEW_ROWS, columns, dtype=torch.float32 if dtype == torch.int8 else dtype)
+
+    def seconds(rows: int) -> float:
+        started = time.perf_counter()
+        layer(given[:rows])
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        return least_time(seconds)
+
+
+def least_time(seconds: Callable[[int], float], rounds: int = 5) -> Rows:
+    """From the time that a number of rows takes, by the median of some rounds, for 0 to 8 the best number above."""
+    counts = range(1, FEW_ROWS + 1)
+    taken: dict[int, list[float]] = {n: [] for n in counts}
+    for _ in range(rounds + 1):
+        for n in counts:
+            taken[n].append(seconds(n))
+    medians = {n: statistics.median(times[1:]) for n, times in taken.items()}  # the first one warms up
+
+    def best(n: int) -> int:
+        other = min(range(n, FEW_ROWS + 1), key=medians.__getitem__)
+        return other if medians[other] <= CLEARLY * medians[n] else n
+
+    return (0, *map(best, counts))
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of a model's weights; packed ones, and those of joined layers, are no parameters of the model."""
     total = _parameter_bytes(model)
@@ -297,6 +422,27 @@ def _dynamic(layer: Any) -> DynamicLinear:
 
 def _parameter_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def in_tiles(kind: Literal["bf16", "int8"], packed: Tensor, weight: Tensor) -> bool:
+    """Whether a packed weight stands in memory as the kernels for few rows read it.
+
+    oneDNN chooses and tells nobody: its first, middle and last tile are compared with those of the plain weight.
+    """
+    rows, columns = weight.shape
+    if not kernels.serve(kind, rows, columns):
+        return False
+    extra = 4 * rows if kind == "int8" else 0  # which oneDNN adds behind the codes
+    if torch.ops.mkldnn._nbytes(packed) != weight.nbytes + extra:
+        return False
+    size = TILE * columns * weight.itemsize
+    for tile in {0, rows // TILE // 2, rows // TILE - 1}:
+        place = torch.ops.mkldnn.data_ptr(packed) + tile * size
+        found = torch.frombuffer((ctypes.c_char * size).from_address(place), dtype=weight.dtype)
+        plain = weight[tile * TILE : (tile + 1) * TILE].detach()
+        if not torch.equal(found, kernels.in_tiles(plain, 4 // weight.itemsize).view(-1)):
+            return False
+    return True
 
 
 @lru_cache(maxsize=len(DTYPES))

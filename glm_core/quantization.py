@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from . import kernels
 from .errors import GLMError
 
 # The linear layers that a quantized checkpoint holds as codes; embeddings, norms, biases and heads stay float.
@@ -32,6 +33,9 @@ LARGEST = {8: 127, 4: 7}
 # Up to so many rows of bf16 the packed kernels beat expanding the codes block by block and an ordinary product; they
 # get slower in proportion to the rows. Measured on one core of an EPYC with AVX512-BF16, layers of 4096 x 4096.
 FEW_ROWS = {8: 10, 4: 40}
+COMPILED_ROWS = (
+    512  # of INT4 and the compiled kernels, which are faster than expanding the codes for at least as many
+)
 # Codes expanded at a time: on the CPU the floats have to stay in the cache until they are multiplied.
 BLOCK_CODES = {"cpu": 1 << 20}
 BLOCK_CODES_ELSEWHERE = 1 << 26
@@ -174,6 +178,7 @@ class RowwiseLinear(_Rowwise):
     """
 
     bias: nn.Parameter | None
+    _kind: kernels.Kind = "int4"
 
     def __init__(
         self,
@@ -212,7 +217,10 @@ class RowwiseLinear(_Rowwise):
         return out.view(*x.shape[:-1], self.out_features)
 
     def _forward(self, x: Tensor) -> Tensor:
-        sums = self._by_kernel(x) if self._kernel_serves(x) else self._by_blocks(x)
+        serves = self._kernel_serves(x)
+        if serves and x.device.type == "cpu" and (own := self._own()):
+            return self._by_own(own, x)
+        sums = self._by_kernel(x) if serves else self._by_blocks(x)
         # bf16 sums are scaled in fp32 and rounded once more: a bf16 scale would be wrong by up to 0.4 %.
         wide = torch.promote_types(torch.float32, x.dtype)
         out = sums if self._scaled_codes(x) else sums * self.weight_scale.to(wide)
@@ -273,8 +281,12 @@ class RowwiseLinear(_Rowwise):
             return x
         return torch.stack(x.chunk(2, dim=1), dim=-1).flatten(1)
 
+    def _few_rows(self) -> int:
+        """Up to how many rows of bf16 a kernel for few rows serves on a CPU."""
+        return COMPILED_ROWS if self._own() else FEW_ROWS[self.bits]
+
     def _kernel_serves(self, x: Tensor) -> bool:
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < x.shape[0] <= FEW_ROWS[self.bits]:
+        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < x.shape[0] <= self._few_rows():
             return False  # in fp32 these kernels are slower than a product over expanded codes
         if self.bits == 8:  # over another number of columns the kernel reads past the end of a row, unchecked
             return self.in_features % 32 == 0 and int8_kernel()
@@ -284,6 +296,38 @@ class RowwiseLinear(_Rowwise):
         if self.weight.dtype == torch.int8 and self.tiled:
             self._tile(tile)
         return self.weight.dtype == torch.uint8
+
+    def _own(self) -> kernels.Kernels | None:
+        """The compiled kernels, where they can read this layer's codes in the order of torch's INT4 kernel."""
+        if self.bits == 8 or not kernels.serve("int4", self.out_features, self.in_features):
+            return None
+        return kernels.kernels() if int4_tile() == kernels.TILE else None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile what the layer will need for inputs of `dtype` on this processor, so that no answer waits for it."""
+        if self.weight.device.type == "cpu" and dtype == torch.bfloat16 and (own := self._own()):
+            own.make(self._kind, dtype)
+
+    def _by_own(self, own: kernels.Kernels, x: Tensor) -> Tensor:
+        """The whole layer's output."""
+        scale = self.weight_scale.detach().float()
+        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
+        return self._parts(own, x, scale, bias, 1)
+
+    def _parts(
+        self,
+        own: kernels.Kernels,
+        x: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        group: int,
+    ) -> Tensor:
+        weight = self.weight.data_ptr()
+        parts = [
+            own(self._kind, part, weight, self.out_features, scale, None, bias, group)
+            for part in x.chunk(-(-len(x) // kernels.MOST_ROWS))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         weight = self.weight.detach()

@@ -34,7 +34,7 @@ LAYERS = (
     ("engine", "scoring", "jobs", "remote"),
     ("checkpoints", "tables", "metrics", "statistics"),
     ("adapters", "quantization", "groupwise", "linear", "models", "tokenizers"),
-    ("weights", "devices", "threads"),
+    ("weights", "devices", "threads", "kernels"),
     ("access",),
     ("settings", "errors"),
 )

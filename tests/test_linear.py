@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from glm_core import checkpoints, linear
 from glm_core.engine import KVCache
 from glm_core.errors import GLMError
-from glm_core.models.lean import lean
+from glm_core.models.lean import laid_out, lean
 from glm_core.quantization import RowwiseLinear
 
 pytestmark = pytest.mark.skipif(not linear.works(torch.float32), reason="torch has no oneDNN operators here")
@@ -186,10 +188,11 @@ def made(kind: str, **more):
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_model_with_eight_bit_activations_says_nearly_what_it_said(kind):
     model = made(kind)
-    fast = lean(copy.deepcopy(model))
-    layers = linear.dynamic(fast.model)
-    assert layers == 3 * 4 + 1  # qkv, output, gate and up, down of each layer, and the head
-    fast = lean(fast.model)
+    fast = laid_out(copy.deepcopy(model), dynamic=True)
+    kinds = [
+        type(one) for layer in fast.layers for one in (layer.qkv, layer.output, layer.gate_up, layer.down)
+    ]
+    assert set(kinds) == {linear.DynamicLinear} == {type(fast.model.lm_head)}
     ids, mask, positions = columns(4, 12, 0, 0)
     with torch.inference_mode():
         right = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
@@ -217,9 +220,8 @@ def columns(rows: int, n: int, cached: int, padding: int):
 def test_the_lean_forward_gives_the_models_own_logits_at_every_step(kind, heads, most, monkeypatch):
     monkeypatch.setattr("glm_core.models.lean.MOST_MASK", most)
     model = made(kind, num_key_value_heads=heads)
-    fast = lean(copy.deepcopy(model))
+    fast = laid_out(copy.deepcopy(model))
     assert fast is not None
-    linear.pack(fast.model)
     own, ours, cached = KVCache(3), KVCache(3), 0
     with torch.inference_mode():
         for n in (9, 1, 1, 4, 1):
@@ -239,6 +241,63 @@ def test_the_lean_forward_gives_the_models_own_logits_at_every_step(kind, heads,
             torch.testing.assert_close(found[:, real], right[:, real], rtol=0, atol=3e-5)
             torch.testing.assert_close(fast(*columns(1, 2, 0, 0)[:2], KVCache(3), torch.arange(2)[None], 1)[0, 0],
                                        fast(*columns(1, 2, 0, 0)[:2], KVCache(3), torch.arange(2)[None], 2)[0, 1])  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_lean_forward_uses_the_weights_as_they_were_laid_out_and_keeps_no_others(dynamic):
+    """The layers it holds are those in the model, and of the ones that stood there before none is left in memory."""
+    model = made("int8" if dynamic else "glm")
+    old = [
+        weakref.ref(one)
+        for path, one in model.named_modules()
+        if isinstance(one, nn.Linear | RowwiseLinear) and not path.endswith("lm_head")
+    ]
+    fast = laid_out(model, dynamic)
+    gc.collect()
+    assert len(old) == 3 * 6 and not any(one() for one in old)
+    used = [one for layer in fast.layers for one in (layer.qkv, layer.output, layer.gate_up, layer.down)]
+    assert {type(one) for one in used} == {linear.DynamicLinear if dynamic else linear.PackedLinear}
+    assert [one.output for one in fast.layers] == [one.self_attn.o_proj for one in model.model.layers]
+
+
+# --- how many rows are computed for a few
+
+
+def test_more_rows_are_computed_only_where_that_is_clearly_faster():
+    times = {1: 5.0, 2: 5.2, 3: 4.1, 4: 3.8, 5: 3.9, 6: 3.7, 7: 4.5, 8: 4.4}
+    assert linear.least_time(times.__getitem__) == (0, 6, 6, 6, 4, 6, 6, 7, 8)
+    assert linear.least_time(lambda rows: 1 + rows / 100) == tuple(range(9))
+
+
+@pytest.mark.parametrize("dtype", [*linear.DTYPES, pytest.param(torch.int8, marks=needs_dynamic)])
+@pytest.mark.parametrize("shape", [(40,), (1, 40), (2, 1, 40), (3, 40), (0, 40), (9, 40)])
+def test_rows_added_for_speed_change_no_answer(dtype, shape):
+    x = torch.randn(shape)
+    if dtype == torch.int8:
+        codes = RowwiseLinear.from_linear(layer(), 8)
+        one = linear.DynamicLinear(codes.stored(), codes.weight_scale, codes.bias)
+    else:
+        plain = layer(dtype)
+        one, x = linear.PackedLinear(plain.weight, plain.bias), x.to(dtype)
+    right = one(x)
+    one.rows = (0, 6, 6, 6, 4)
+    found = one(x)
+    assert found.shape == right.shape and found.dtype == right.dtype
+    torch.testing.assert_close(found, right, rtol=0 if dtype == torch.int8 else 2**-7, atol=1e-6)
+
+
+def test_a_model_larger_than_caches_gets_the_fastest_rows(monkeypatch):
+    monkeypatch.setattr(linear, "fastest_rows", lambda dtype: (0, 6))
+    small = nn.ModuleDict({"a": layer(), "b": layer()})
+    linear.pack(small)
+    linear.prepare(small, torch.float32)
+    assert small["a"].rows == ()
+    monkeypatch.setattr(linear, "TRIAL_BYTES", 1)
+    large = nn.ModuleDict({"a": layer(), "b": layer(), "c": layer()})
+    whole = linear.join(large, "ab")
+    linear.pack(large)
+    linear.prepare(large, torch.float32)
+    assert whole.rows == large["c"].rows == (0, 6)
 
 
 def test_an_adapter_that_is_switched_off_is_off_in_the_lean_forward():

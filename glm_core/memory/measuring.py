@@ -292,7 +292,7 @@ def _rehearse(of: Shape, level: str, device: str) -> None:
     """A tiny model in this precision computes as the engine does: libraries take memory when they are first used."""
     import torch
 
-    from .. import groupwise
+    from .. import groupwise, kernels
     from ..checkpoints import loading
     from ..engine import KVCache
     from ..quantization import quantize
@@ -312,6 +312,8 @@ def _rehearse(of: Shape, level: str, device: str) -> None:
     if bits:
         model = groupwise.quantize(model, group) if group else quantize(model, bits)
     model = model.to(dtype).to(device).eval().requires_grad_(False)
+    if device == "cpu":
+        kernels.kernels()  # with LLVM, 70 MiB
 
     def compute() -> None:
         cache = KVCache(1)

@@ -33,6 +33,7 @@ CPU_SPEED, GPU_SPEED, GPU_WEIGHTS, MOST_SPEED = 2_000.0, 20_000.0, 6e9, 200_000.
 PROGRAM = 400 << 20
 LOADED = 12 << 20
 GAPS, GAPS_SHARE, GAPS_CODED = 20 << 20, 0.25, 0.5  # products over codes make tensors of many sizes
+MOST_GAPS = 192 << 20  # beside caches; glibc gives pieces of 32 MiB and more back at once
 LEAN = ("chatglm2", "glm", "glm4")  # architectures whose forward is glm_core.models.lean
 LONGEST_TRAINING_ROW = 128  # tokens of prompt and answer together, as the released scripts have them
 
@@ -253,7 +254,7 @@ def program_bytes(kind: str, measured: int | None = None) -> int:
 def gap_bytes(of: Shape, precision: str, caches: int, activations: int) -> int:
     """What the allocator of a processor's memory keeps beside tensors of so many bytes that come and go."""
     share = GAPS_CODED if bits_of(of, precision) else GAPS_SHARE
-    return GAPS + int(GAPS_SHARE * caches + share * activations)
+    return GAPS + int(min(GAPS_SHARE * caches, MOST_GAPS) + share * activations)
 
 
 # ---- training

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Glm4ForCausalLM, GlmForCausalLM
 
-from .. import linear
+from .. import kernels, linear
+from .library import Glm4ForCausalLM, GlmForCausalLM
 
 HIDDEN = float("-inf")
 # A mask is repeated for the query heads that share keys up to so many numbers; beyond, the keys are repeated instead.
 MOST_MASK = 1 << 24
+QKV = ("q_proj", "k_proj", "v_proj")
 
 
 @dataclass
@@ -98,6 +99,8 @@ class LeanDecoder:
         return logits.view(rows, keep, -1)
 
     def _norm(self, norm: Any, x: Tensor) -> Tensor:
+        if _compiled(x, norm.weight) and (own := kernels.kernels()) is not None:
+            return own.norm(x, norm.weight.detach(), self.eps)  # one operation instead of eight
         return F.rms_norm(x, x.shape[-1:], norm.weight, self.eps)
 
     def _rotary(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,11 +126,17 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> None:
     x.copy_((x * cos).addcmul_(swapped, sin))
 
 
+def _compiled(x: Tensor, other: Tensor) -> bool:
+    """Whether compiled kernels may compute with rows of x and another tensor of its width."""
+    alike = x.dtype == other.dtype and x.dtype in linear.DTYPES
+    return alike and x.device.type == "cpu" and x.numel() > 0 and x.shape[-1] % kernels.LANES == 0
+
+
 def _layer(layer: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         before=layer.input_layernorm,
-        qkv=linear.join(attention, ("q_proj", "k_proj", "v_proj")),
+        qkv=linear.join(attention, QKV),
         query=attention.q_proj,
         key=attention.k_proj,
         value=attention.v_proj,
@@ -144,7 +153,32 @@ def lean(model: nn.Module) -> LeanDecoder | None:
     """The lean forward of a loaded model, its query, key and value layers joined; None for other architectures.
 
     A model under PEFT's wrapper is looked at inside it: its adapters stand in the place of the layers they change.
+    The layers are those of this moment, and kept: what is to be laid out anew comes first, as in `laid_out`.
     """
+    inner = _inner(model)
+    return None if inner is None else LeanDecoder(inner)
+
+
+def laid_out(model: nn.Module, dynamic: bool = False) -> LeanDecoder | None:
+    """The lean forward of a model on the CPU, its weights in the layout that this processor multiplies fastest.
+
+    dynamic   with activations in 8 bits in front of INT8 and INT4 layers
+    Packs the weights of other architectures as well, and returns None for them.
+    """
+    inner = _inner(model)
+    if inner is not None:
+        for layer in inner.model.layers:
+            linear.join(layer.self_attn, QKV)
+    if dynamic:
+        linear.dynamic(model)
+    linear.pack(model)
+    dtypes = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    linear.prepare(model, next(dtypes, torch.float32))
+    return lean(model)
+
+
+def _inner(model: nn.Module) -> Any:
+    """The model that the lean forward computes, or None."""
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = model.get_base_model()  # type: ignore[operator]
@@ -152,4 +186,4 @@ def lean(model: nn.Module) -> LeanDecoder | None:
         return None
     if inner.config.hidden_act != "silu" or getattr(inner.config, "attn_logit_softcapping", None):
         return None
-    return LeanDecoder(inner)
+    return inner

@@ -1,0 +1,745 @@
+"""Products of a few rows with a large weight, written for LLVM and compiled for this processor when first needed.
+
+A step of a chat reads every weight once and computes little with it, so its time is that of reading memory, unless the
+product itself is slow: torch's INT4 kernel takes 1.7 times as long as reading its weight does (Zen 4), oneDNN's
+products with one row a third more. These kernels read the layouts that torch's and oneDNN's own have, which go on to
+serve many rows: nothing is kept twice. Beside them: RMSNorm, and the 8-bit codes of activations and what is made of
+their sums, for any number of rows; torch takes several passes for each.
+
+A weight stands in tiles of 64 rows. Of each, step by step along the columns, there are 64 times 4 bytes (oneDNN: two
+columns in bf16 or four in 8 bits of each row) or 64 bytes (torch's INT4: of one column, then the next, the codes of rows
+r and r + 32 in a byte). A tile's rows are the lanes of four registers, and four bytes of x are multiplied with all.
+
+They need AVX-512 with bf16, VNNI and VBMI (Zen 4, Sapphire Rapids, and later), Linux, torch's OpenMP (its threads compute
+here as well) and the package llvmlite; elsewhere `kernels()` is None and torch computes as always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import os
+import re
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+Kind = Literal["int4", "int4 groups", "bf16", "int8"]  # of products, by how the weight is stored
+
+TILE = 64  # rows of a weight that are computed together
+LANES = 16  # of a register
+VECTORS = TILE // LANES
+# Rows of x that the 32 registers have room for; with more a product is computed in parts.
+AT_ONCE: dict[Kind, int] = {"int4": 6, "int4 groups": 5, "bf16": 6, "int8": 6}
+FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vnni", "avx512vbmi")
+MOST_ROWS = 8  # of one call
+LEAST_BYTES = 2 << 20  # of a weight; of a smaller one caches hide what torch's kernels lose
+ALONE = 1 << 15  # numbers up to which one thread normalizes them sooner than it could wake another
+ZERO = 128  # the unsigned 8-bit code of 0
+HALF_ABOVE = ZERO + 0.5  # then cut off: rounded to the nearest
+SMALLEST = torch.finfo(torch.float32).tiny * ZERO  # a row of zeros stays zeros
+STACK_BYTES = 512 << 10  # that a call may take for its codes of x; a thread of OpenMP has some MB
+
+FLOATS, WORDS = f"<{LANES} x float>", f"<{LANES} x i32>"
+PAIRS, BYTES = f"<{2 * LANES} x bfloat>", f"<{4 * LANES} x i8>"
+HALVES = f"<{2 * LANES} x i16>"
+
+
+class _Missing(Exception):
+    """What the kernels need and this machine does not have; never an error, since torch has its own."""
+
+
+class _Code:
+    """The text of a function in LLVM's language. What changes is a variable in memory; LLVM makes registers of them."""
+
+    def __init__(self) -> None:
+        self.entry: list[str] = []  # where LLVM looks for such variables
+        self.lines: list[str] = []
+        self._count = 0
+
+    def name(self) -> str:
+        self._count += 1
+        return f"v{self._count}"
+
+    def do(self, text: str) -> None:
+        self.lines.append(f"  {text}")
+
+    def let(self, text: str) -> str:
+        """The value of an instruction."""
+        name = f"%{self.name()}"
+        self.do(f"{name} = {text}")
+        return name
+
+    def variable(self, kind: str, value: str) -> str:
+        """The address of a variable, set to a value here."""
+        place = f"%{self.name()}"
+        self.entry.append(f"  {place} = alloca {kind}, align 64")
+        self.do(f"store {kind} {value}, ptr {place}, align 64")
+        return place
+
+    @contextlib.contextmanager
+    def loop(self, start: str, stop: str, step: int = 1) -> Iterator[str]:
+        """From `start` to below `stop`, i64; not even once where nothing is between."""
+        name = self.name()
+        place = self.variable("i64", start)
+        self.do(f"br label %{name}")
+        self.lines.append(f"{name}:")
+        index = self.let(f"load i64, ptr {place}")
+        goes_on = self.let(f"icmp ult i64 {index}, {stop}")
+        self.do(f"br i1 {goes_on}, label %{name}.in, label %{name}.end")
+        self.lines.append(f"{name}.in:")
+        yield index
+        after = self.let(f"add i64 {index}, {step}")
+        self.do(f"store i64 {after}, ptr {place}")
+        self.do(f"br label %{name}")
+        self.lines.append(f"{name}.end:")
+
+    def at(self, place: str, kind: str, index: str) -> str:
+        """The address of an element."""
+        return self.let(f"getelementptr {kind}, ptr {place}, i64 {index}")
+
+    def load(self, kind: str, place: str) -> str:
+        return self.let(f"load {kind}, ptr {place}, align 1")
+
+    def add(self, a: str, b: object) -> str:
+        return self.let(f"add i64 {a}, {b}")
+
+    def times(self, a: str, b: object) -> str:
+        return self.let(f"mul i64 {a}, {b}")
+
+    def call(self, kind: str, name: str, *arguments: str) -> str:
+        return self.let(f"call {kind} @{name}({', '.join(arguments)})")
+
+    def spread(self, kind: str, value: str) -> str:
+        """A vector of one number in all its lanes."""
+        vector = f"<{LANES} x {kind}>"
+        one = self.let(f"insertelement {vector} poison, {kind} {value}, i32 0")
+        return self.let(f"shufflevector {vector} {one}, {vector} poison, {WORDS} zeroinitializer")
+
+
+def _same(kind: str, value: object, count: int) -> str:
+    return "<" + ", ".join([f"{kind} {value}"] * count) + ">"
+
+
+def _float(number: float) -> str:
+    """As LLVM wants it: the bits of the double that is the same number."""
+    return f"0x{struct.unpack('<Q', struct.pack('<d', number))[0]:016X}"
+
+
+def _numbers(kind: str, values: list[int]) -> str:
+    return "<" + ", ".join(f"{kind} {value}" for value in values) + ">"
+
+
+DECLARED = f"""
+declare {BYTES} @llvm.x86.avx512.permvar.qi.512({BYTES}, {BYTES})
+declare {HALVES} @llvm.x86.avx512.permvar.hi.512({HALVES}, {HALVES})
+declare {FLOATS} @llvm.x86.avx512bf16.dpbf16ps.512({FLOATS}, {PAIRS}, {PAIRS})
+declare <{LANES} x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512({FLOATS})
+declare {WORDS} @llvm.x86.avx512.vpdpbusd.512({WORDS}, {BYTES}, {BYTES})
+declare {FLOATS} @llvm.fma.v{LANES}f32({FLOATS}, {FLOATS}, {FLOATS})
+declare {FLOATS} @llvm.fabs.v{LANES}f32({FLOATS})
+declare {FLOATS} @llvm.maximum.v{LANES}f32({FLOATS}, {FLOATS})
+declare float @llvm.sqrt.f32(float)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+declare float @llvm.vector.reduce.fadd.v{LANES}f32(float, {FLOATS})
+declare float @llvm.vector.reduce.fmaximum.v{LANES}f32({FLOATS})
+declare i32 @omp_get_thread_num()
+declare i32 @omp_get_num_threads()
+"""
+
+
+def _bf16(number: int) -> int:
+    return int(torch.tensor(float(number)).bfloat16().view(torch.int16)) & 0xFFFF
+
+
+CODES = _numbers("i16", [_bf16(code % 16 - 8) for code in range(32)])  # by the low five bits of a half word
+# Of 64 bytes, a column's 32 and the next one's, those of rows 0 to 15 (and 32 to 47) side by side; then of 16 to 31.
+BESIDE = [
+    _numbers("i8", [at for r in range(LANES) for at in (first + r,) * 2 + (32 + first + r,) * 2])
+    for first in (0, LANES)
+]
+
+
+class _Kernel(_Code):
+    """The function `kernel` of one argument, the address of its fields, 8 bytes each, that all threads enter."""
+
+    fields: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()  # the others are addresses
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bf16 = dtype == torch.bfloat16
+        self.kind_of_x = "bfloat" if self.bf16 else "float"
+        self.given: dict[str, str] = {}
+
+    def text(self) -> str:
+        """A module with it."""
+        for place, name in enumerate(self.fields):
+            kind = "i64" if name in self.numbers else "ptr"
+            self.given[name] = self.load(kind, self.at("%given", "i64", str(place)))
+        self.body()
+        self.do("ret void")
+        body = "\n".join((*self.entry, *self.lines))
+        wide = '"prefer-vector-width"="512" "min-legal-vector-width"="512"'
+        return f"{DECLARED}\ndefine void @kernel(ptr noalias %given) {wide} {{\n{body}\n}}\n"
+
+    def body(self) -> None:
+        raise NotImplementedError
+
+    def share(self, count: str) -> tuple[str, str]:
+        """This thread's first and last of so many, the last one not included."""
+        names = ("omp_get_thread_num", "omp_get_num_threads")
+        me, threads = (self.let(f"zext i32 {self.call('i32', name)} to i64") for name in names)
+        first = self.let(f"udiv i64 {self.times(count, me)}, {threads}")
+        return first, self.let(f"udiv i64 {self.times(count, self.add(me, 1))}, {threads}")
+
+    def floats(self, place: str) -> str:
+        """16 numbers in the dtype of x as fp32."""
+        if not self.bf16:
+            return self.load(FLOATS, place)
+        words = self.let(f"zext <{LANES} x i16> {self.load(f'<{LANES} x i16>', place)} to {WORDS}")
+        words = self.let(f"shl {WORDS} {words}, {_same('i32', 16, LANES)}")
+        return self.let(f"bitcast {WORDS} {words} to {FLOATS}")
+
+    def put(self, floats: str, place: str) -> None:
+        """Write 16 numbers in the dtype of x."""
+        if not self.bf16:
+            self.do(f"store {FLOATS} {floats}, ptr {place}, align 1")
+            return
+        short = f"<{LANES} x bfloat>"
+        rounded = self.call(short, "llvm.x86.avx512bf16.cvtneps2bf16.512", f"{FLOATS} {floats}")
+        self.do(f"store {short} {rounded}, ptr {place}, align 1")
+
+    def fma(self, a: str, b: str, c: str) -> str:
+        return self.call(FLOATS, f"llvm.fma.v{LANES}f32", f"{FLOATS} {a}", f"{FLOATS} {b}", f"{FLOATS} {c}")
+
+    def sum(self, lanes: str) -> str:
+        """The sum of 16 numbers, in pairs."""
+        added = f"@llvm.vector.reduce.fadd.v{LANES}f32(float 0.0, {FLOATS} {lanes})"
+        return self.let(f"call reassoc float {added}")
+
+    def encode(self, x: str, codes: str, columns: str) -> str:
+        """Write a row's codes around ZERO, as `linear.DynamicLinear` makes them; what one is worth, a float."""
+        most = self.variable(FLOATS, "zeroinitializer")
+        with self.loop("0", columns, LANES) as column:
+            number = self.floats(self.at(x, self.kind_of_x, column))
+            size = self.call(FLOATS, f"llvm.fabs.v{LANES}f32", f"{FLOATS} {number}")
+            both = f"{FLOATS} {self.load(FLOATS, most)}", f"{FLOATS} {size}"
+            self.do(f"store {FLOATS} {self.call(FLOATS, f'llvm.maximum.v{LANES}f32', *both)}, ptr {most}")
+        lanes = f"{FLOATS} {self.load(FLOATS, most)}"
+        found = self.call("float", f"llvm.vector.reduce.fmaximum.v{LANES}f32", lanes)
+        small = self.let(f"fcmp olt float {found}, {_float(SMALLEST)}")
+        largest = self.let(f"select i1 {small}, float {_float(SMALLEST)}, float {found}")
+        factor = self.spread("float", self.let(f"fdiv float {_float(127)}, {largest}"))
+        with self.loop("0", columns, LANES) as column:
+            number = self.floats(self.at(x, self.kind_of_x, column))
+            number = self.let(f"fmul {FLOATS} {number}, {factor}")
+            number = self.let(f"fadd {FLOATS} {number}, {_same('float', _float(HALF_ABOVE), LANES)}")
+            code = self.let(
+                f"trunc {WORDS} {self.let(f'fptosi {FLOATS} {number} to {WORDS}')} to <{LANES} x i8>"
+            )
+            self.do(f"store <{LANES} x i8> {code}, ptr {self.at(codes, 'i8', column)}, align 1")
+        return self.let(f"fdiv float {largest}, {_float(127)}")
+
+
+class _Encode(_Kernel):
+    """Codes of many rows in 8 bits, and what one is worth in each."""
+
+    fields = ("x", "codes", "worth", "rows", "columns")
+    numbers = ("rows", "columns")
+
+    def body(self) -> None:
+        first, last = self.share(self.given["rows"])
+        with self.loop(first, last) as row:
+            place = self.times(row, self.given["columns"])
+            x = self.at(self.given["x"], self.kind_of_x, place)
+            worth = self.encode(x, self.at(self.given["codes"], "i8", place), self.given["columns"])
+            self.do(f"store float {worth}, ptr {self.at(self.given['worth'], 'float', row)}")
+
+
+class _Scale(_Kernel):
+    """Sums of many rows (fp32) times what a code was worth in each, plus a bias, in the dtype of x."""
+
+    fields = ("sums", "worth", "bias", "out", "rows", "columns")
+    numbers = ("rows", "columns")
+
+    def body(self) -> None:
+        first, last = self.share(self.given["rows"])
+        with self.loop(first, last) as row:
+            worth = self.spread("float", self.load("float", self.at(self.given["worth"], "float", row)))
+            begin = self.times(row, self.given["columns"])
+            with self.loop("0", self.given["columns"], LANES) as column:
+                place = self.add(begin, column)
+                sums = self.load(FLOATS, self.at(self.given["sums"], "float", place))
+                sums = self.let(f"fmul {FLOATS} {sums}, {worth}")
+                bias = self.floats(self.at(self.given["bias"], self.kind_of_x, column))
+                sums = self.let(f"fadd {FLOATS} {sums}, {bias}")
+                self.put(sums, self.at(self.given["out"], self.kind_of_x, place))
+
+
+class _Norm(_Kernel):
+    """RMSNorm of rows, in fp32 and rounded once; x, the weight and the result have one dtype."""
+
+    fields = ("x", "weight", "out", "rows", "columns", "eps")
+    numbers = ("rows", "columns", "eps")  # eps: the bits of an fp32
+
+    def body(self) -> None:
+        first, last = self.share(self.given["rows"])
+        columns = self.given["columns"]
+        bits = self.let(f"trunc i64 {self.given['eps']} to i32")
+        eps = self.let(f"bitcast i32 {bits} to float")
+        count = self.let(f"uitofp i64 {columns} to float")
+        with self.loop(first, last) as row:
+            begin = self.times(row, columns)
+            x = self.at(self.given["x"], self.kind_of_x, begin)
+            out = self.at(self.given["out"], self.kind_of_x, begin)
+            total = self.variable(FLOATS, "zeroinitializer")
+            with self.loop("0", columns, LANES) as column:
+                number = self.floats(self.at(x, self.kind_of_x, column))
+                more = self.fma(number, number, self.load(FLOATS, total))
+                self.do(f"store {FLOATS} {more}, ptr {total}")
+            mean = self.let(f"fdiv float {self.sum(self.load(FLOATS, total))}, {count}")
+            root = self.call("float", "llvm.sqrt.f32", f"float {self.let(f'fadd float {mean}, {eps}')}")
+            factor = self.spread("float", self.let(f"fdiv float {_float(1)}, {root}"))
+            with self.loop("0", columns, LANES) as column:
+                number = self.floats(self.at(x, self.kind_of_x, column))
+                number = self.let(f"fmul {FLOATS} {number}, {factor}")
+                weight = self.floats(self.at(self.given["weight"], self.kind_of_x, column))
+                self.put(self.let(f"fmul {FLOATS} {number}, {weight}"), self.at(out, self.kind_of_x, column))
+
+
+class _Product(_Kernel):
+    """`rows` rows of x times a weight; x, the bias and the result have one dtype."""
+
+    fields = ("x", "weight", "scale", "sums", "bias", "out", "tiles", "columns", "group")
+    numbers = ("tiles", "columns", "group")
+
+    def __init__(self, kind: Kind, rows: int, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.kind, self.rows = kind, rows
+        parts = -(-rows // AT_ONCE[kind])
+        bounds = [rows * part // parts for part in range(parts + 1)]
+        self.parts = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+        self.per_step = 4 if kind == "int8" else 2  # columns
+        self.step_bytes = 64 if kind.startswith("int4") else 256
+
+    def body(self) -> None:
+        tiles = self.given["tiles"]
+        self.weight_rows = self.times(tiles, TILE)
+        self.groups = self.let(f"udiv i64 {self.given['columns']}, {self.given['group']}")
+        first, last = self.share(tiles)
+        if self.kind == "int8":
+            self._encode_all()
+        if self.kind == "int4 groups":
+            self._sum_groups()
+        with self.loop(first, last) as tile:
+            tile_bytes = self.times(self.given["columns"], self.step_bytes // self.per_step)
+            weight = self.at(self.given["weight"], "i8", self.times(tile, tile_bytes))
+            row = self.times(tile, TILE)
+            lanes = [self.add(row, vector * LANES) for vector in range(VECTORS)]
+            for rows in self.parts:  # a second part finds the tile in the cache
+                self._tile(weight, lanes, rows)
+
+    # ---- x ----
+
+    def _x(self, row: int, column: str) -> str:
+        return self.add(self.times(self.given["columns"], row), column)
+
+    def _encode_all(self) -> None:
+        """Every thread makes all codes for itself: that takes less time than waiting for the others."""
+        columns = self.given["columns"]
+        self.codes = self.let(f"alloca i8, i64 {self.times(columns, self.rows)}, align 64")
+        self.worth = []
+        for row in range(self.rows):
+            place = self._x(row, "0")
+            x = self.at(self.given["x"], self.kind_of_x, place)
+            worth = self.encode(x, self.at(self.codes, "i8", place), columns)
+            self.worth.append(self.spread("float", worth))
+
+    def _sum_groups(self) -> None:
+        """The sums of x over every group, which the zero points are multiplied with."""
+        self.totals = self.let(f"alloca float, i64 {self.times(self.groups, self.rows)}, align 64")
+        group = self.given["group"]
+        with self.loop("0", self.groups) as at:
+            start = self.times(at, group)
+            for row in range(self.rows):
+                total = self.variable(FLOATS, "zeroinitializer")
+                with self.loop("0", group, 2 * LANES) as column:
+                    x = self.load(
+                        PAIRS, self.at(self.given["x"], "bfloat", self._x(row, self.add(start, column)))
+                    )
+                    more = self._dot(self.load(FLOATS, total), x, _same("bfloat", "1.0", 2 * LANES))
+                    self.do(f"store {FLOATS} {more}, ptr {total}")
+                whole = self.sum(self.load(FLOATS, total))
+                self.do(f"store float {whole}, ptr {self._total(at, row)}")
+
+    def _total(self, group: str, row: int) -> str:
+        return self.at(self.totals, "float", self.add(self.times(group, self.rows), row))
+
+    # ---- the product ----
+
+    def _dot(self, sums: str, a: str, b: str) -> str:
+        return self.call(
+            FLOATS, "llvm.x86.avx512bf16.dpbf16ps.512", f"{FLOATS} {sums}", f"{PAIRS} {a}", f"{PAIRS} {b}"
+        )
+
+    def _tile(self, weight: str, lanes: list[str], rows: range) -> None:
+        """Some rows of x times a tile, whose rows of the weight begin at `lanes`, in fours of vectors."""
+        whole = self.kind == "int8"
+        kind = WORDS if whole else FLOATS
+        places = [(row, vector) for vector in range(VECTORS) for row in rows]
+        start = ["zeroinitializer"] * VECTORS
+        if whole:
+            start = [self.load(WORDS, self.at(self.given["sums"], "i32", lane)) for lane in lanes]
+        sums = {at: self.variable(kind, start[at[1]]) for at in places}
+        if self.kind == "int4 groups":
+            with self.loop("0", self.groups) as group:
+                begin = self.times(group, self.given["group"])
+                parts = {at: self.variable(FLOATS, "zeroinitializer") for at in places}
+                ahead = self.times(self.add(group, 4), self.weight_rows)
+                for lane in lanes:
+                    soon = self.at(self.given["scale"], "i32", self.add(ahead, lane))
+                    self.do(f"call void @llvm.prefetch.p0(ptr {soon}, i32 0, i32 3, i32 1)")
+                self._columns(weight, begin, self.add(begin, self.given["group"]), parts)
+                totals = [self.spread("float", self.load("float", self._total(group, row))) for row in rows]
+                for vector in range(VECTORS):
+                    place = self.add(self.times(group, self.weight_rows), lanes[vector])
+                    pair = self.load(WORDS, self.at(self.given["scale"], "i32", place))
+                    scale = self.let(f"shl {WORDS} {pair}, {_same('i32', 16, LANES)}")
+                    zero = self.let(f"and {WORDS} {pair}, {_same('i32', -65536, LANES)}")
+                    scale, zero = (self.let(f"bitcast {WORDS} {bits} to {FLOATS}") for bits in (scale, zero))
+                    for row in rows:
+                        at = row, vector
+                        done = self.fma(scale, self.load(FLOATS, parts[at]), self.load(FLOATS, sums[at]))
+                        self.do(
+                            f"store {FLOATS} {self.fma(zero, totals[row - rows.start], done)}, ptr {sums[at]}"
+                        )
+        else:
+            self._columns(weight, "0", self.given["columns"], sums)
+        for row, vector in places:
+            self._put(row, lanes[vector], self.load(kind, sums[row, vector]))
+
+    def _columns(self, weight: str, start: str, stop: str, sums: dict[tuple[int, int], str]) -> None:
+        """Add the products of some columns; two steps at a time."""
+        with self.loop(start, stop, 2 * self.per_step) as begin:
+            for step in range(2):
+                column = self.add(begin, step * self.per_step)
+                place = self.at(weight, "i8", self.times(column, self.step_bytes // self.per_step))
+                vectors = self._weights(place)
+                for row in sorted({row for row, _ in sums}):
+                    x = self._four_bytes(row, column)
+                    for vector, numbers in enumerate(vectors):
+                        at = sums[row, vector]
+                        if self.kind == "int8":
+                            done = self.call(
+                                WORDS,
+                                "llvm.x86.avx512.vpdpbusd.512",
+                                f"{WORDS} {self.load(WORDS, at)}",
+                                f"{BYTES} {x}",
+                                f"{BYTES} {numbers}",
+                            )
+                            self.do(f"store {WORDS} {done}, ptr {at}")
+                        else:
+                            self.do(
+                                f"store {FLOATS} {self._dot(self.load(FLOATS, at), numbers, x)}, ptr {at}"
+                            )
+
+    def _four_bytes(self, row: int, column: str) -> str:
+        """Those of a row of x, in all lanes."""
+        if self.kind == "int8":
+            place, kind = self.at(self.codes, "i8", self._x(row, column)), BYTES
+        else:
+            place, kind = self.at(self.given["x"], "bfloat", self._x(row, column)), PAIRS
+        return self.let(f"bitcast {WORDS} {self.spread('i32', self.load('i32', place))} to {kind}")
+
+    def _weights(self, place: str) -> list[str]:
+        """Of a step, the numbers of each 16 rows."""
+        if not self.kind.startswith("int4"):
+            kind = BYTES if self.kind == "int8" else PAIRS
+            return [self.load(kind, self.at(place, "i8", str(64 * vector))) for vector in range(VECTORS)]
+        stored = self.load(BYTES, place)
+        low = [
+            self.let(
+                f"bitcast {BYTES} {self.call(BYTES, 'llvm.x86.avx512.permvar.qi.512', f'{BYTES} {stored}', f'{BYTES} {order}')} to {HALVES}"
+            )
+            for order in BESIDE
+        ]
+        high = [self.let(f"lshr {HALVES} {one}, {_same('i16', 4, 2 * LANES)}") for one in low]
+        return [
+            self.let(
+                f"bitcast {HALVES} {self.call(HALVES, 'llvm.x86.avx512.permvar.hi.512', f'{HALVES} {CODES}', f'{HALVES} {codes}')} to {PAIRS}"
+            )
+            for codes in (*low, *high)
+        ]
+
+    def _put(self, row: int, lanes: str, sums: str) -> None:
+        """Scale 16 sums, add the bias and write them."""
+        if self.kind == "int8":
+            sums = self.let(f"sitofp {WORDS} {sums} to {FLOATS}")
+        if self.kind in ("int8", "int4"):
+            scale = self.load(FLOATS, self.at(self.given["scale"], "float", lanes))
+            sums = self.let(f"fmul {FLOATS} {sums}, {scale}")
+        if self.kind == "int8":
+            sums = self.let(f"fmul {FLOATS} {sums}, {self.worth[row]}")
+        bias = self.floats(self.at(self.given["bias"], self.kind_of_x, lanes))
+        place = self.add(self.times(self.weight_rows, row), lanes)
+        self.put(self.let(f"fadd {FLOATS} {sums}, {bias}"), self.at(self.given["out"], self.kind_of_x, place))
+
+
+OTHERS: dict[str, type[_Kernel]] = {"encode": _Encode, "scale": _Scale, "norm": _Norm}
+
+
+class Kernels:
+    """The kernels of this processor, each compiled at its first call."""
+
+    def __init__(self) -> None:
+        """_Missing where there can be none, with the reason."""
+        self.processor, self._llvm = _llvm()
+        self._parallel = _openmp()
+        self._machine = _machine(self._llvm)
+        self._engines: list[Any] = []  # own the machine code
+        self._made: dict[tuple[str, int, torch.dtype], int] = {}
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        kind: Kind,
+        x: Tensor,
+        weight: int,
+        rows: int,
+        scale: Tensor | None,
+        sums: Tensor | None,
+        bias: Tensor | None,
+        group: int = 1,
+    ) -> Tensor:
+        """(n, in) -> (n, out) in the dtype of x, n up to MOST_ROWS. Nothing is checked here: see `serve`.
+
+        weight  address of the weight's tiles
+        rows    of the weight, out
+        scale   "int4 groups": bf16 (groups, out, 2), scale and zero point; "int4" and "int8": fp32 (out,)
+        sums    "int8": int32 (out,), the sums of the codes of each row times -ZERO
+        bias    (out,) in the dtype of x
+        """
+        n, columns = x.shape
+        x = x.contiguous()
+        out = x.new_empty(n, rows)
+        bias = _zeros(rows, x.dtype) if bias is None else bias
+        self._run(
+            self._made.get((kind, n, x.dtype)) or self._make(kind, n, x.dtype),
+            x.data_ptr(), weight, 0 if scale is None else scale.data_ptr(), 0 if sums is None else sums.data_ptr(),
+            bias.data_ptr(), out.data_ptr(), rows // TILE, columns, group,
+        )  # fmt: skip
+        return out
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes around ZERO of (n, in), uint8, and what one is worth in each row, fp32 (n, 1); in a multiple of 16."""
+        n, columns = x.shape
+        x = x.contiguous()
+        codes = x.new_empty(n, columns, dtype=torch.uint8)
+        worth = x.new_empty(n, 1, dtype=torch.float32)
+        made = self._made.get(("encode", 0, x.dtype)) or self._make("encode", 0, x.dtype)
+        self._run(made, x.data_ptr(), codes.data_ptr(), worth.data_ptr(), n, columns)
+        return codes, worth
+
+    def scale(self, sums: Tensor, worth: Tensor, bias: Tensor | None, out: Tensor) -> None:
+        """out = sums * worth + bias for sums (n, out) and worth (n, 1) in fp32; out, contiguous, has the bias's dtype."""
+        n, columns = sums.shape
+        bias = _zeros(columns, out.dtype) if bias is None else bias
+        made = self._made.get(("scale", 0, out.dtype)) or self._make("scale", 0, out.dtype)
+        self._run(made, sums.data_ptr(), worth.data_ptr(), bias.data_ptr(), out.data_ptr(), n, columns)
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMSNorm (Zhang and Sennrich 2019) of (..., columns), a multiple of 16; the weight has the dtype of x."""
+        x = x.contiguous()
+        columns = x.shape[-1]
+        out = torch.empty_like(x)
+        bits = struct.unpack("<I", struct.pack("<f", eps))[0]
+        made = self._made.get(("norm", 0, x.dtype)) or self._make("norm", 0, x.dtype)
+        rows = x.numel() // columns
+        threads = 1 if x.numel() <= ALONE else 0
+        self._run(made, x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, columns, bits, threads=threads)
+        return out
+
+    def make(self, kind: Kind, dtype: torch.dtype) -> None:
+        """Compile those of a kind for every number of rows now, so that no answer waits: 0.2 to 0.5 s."""
+        for rows in range(1, MOST_ROWS + 1):
+            self._make(kind, rows, dtype)
+        if kind == "int8":
+            self._make("encode", 0, dtype)
+            self._make("scale", 0, dtype)
+
+    def _run(self, made: int, *given: int, threads: int = 0) -> None:
+        fields = (ctypes.c_uint64 * len(given))(*given)
+        self._parallel(made, ctypes.addressof(fields), threads or torch.get_num_threads(), 0)
+
+    def _make(self, name: str, rows: int, dtype: torch.dtype) -> int:
+        with self._lock:
+            if (name, rows, dtype) not in self._made:
+                llvm = self._llvm
+                kernel = OTHERS[name](dtype) if name in OTHERS else _Product(cast(Kind, name), rows, dtype)
+                module = llvm.parse_assembly(kernel.text())
+                module.verify()
+                builder = llvm.create_pass_builder(self._machine, llvm.create_pipeline_tuning_options(3))
+                builder.getModulePassManager().run(module, builder)
+                # An engine frees the machine that it was given, so each has its own.
+                engine = llvm.create_mcjit_compiler(module, _machine(llvm))
+                engine.finalize_object()
+                self._engines.append(engine)
+                self._made[name, rows, dtype] = engine.get_function_address("kernel")
+        return self._made[name, rows, dtype]
+
+
+def serve(kind: Kind, rows: int, columns: int) -> bool:
+    """Whether the kernels compute with a weight of this size here, and are worth it."""
+    bits = {"bf16": 16, "int8": 8}.get(kind, 4)
+    if rows * columns * bits // 8 < LEAST_BYTES or rows % TILE or columns % (2 * LANES):
+        return False
+    return columns * MOST_ROWS <= STACK_BYTES and kernels() is not None
+
+
+def kernels() -> Kernels | None:
+    """This processor's kernels; None where there are none, or where one computes wrong (`state` says why)."""
+    return _tried()[0]
+
+
+def state() -> str:
+    """One line about them, for `doctor`."""
+    found, why = _tried()
+    return f"compiled for {found.processor}" if found else f"torch's ({why})"
+
+
+_trying = threading.Lock()
+_all: list[Kernels] = []  # never freed: nobody knows when the last thread has left the machine code
+_found: list[tuple[Kernels | None, str]] = []  # one, once it was tried
+
+
+def _tried() -> tuple[Kernels | None, str]:
+    if not _found:
+        with _trying:  # threads that load models at once try them once
+            if not _found:
+                _found.append(_try())
+    return _found[0]
+
+
+def _try() -> tuple[Kernels | None, str]:
+    if os.environ.get("GLM_KERNELS", "") == "torch":
+        return None, "GLM_KERNELS=torch"
+    try:
+        found = Kernels()
+        _all.append(found)
+        wrong: list[str] = [kind for kind in AT_ONCE if not _computes(found, kind)]
+        if not _normalizes(found):
+            wrong.append("norm")
+    except _Missing as error:
+        return None, str(error)
+    except Exception as error:  # of a library in another version than the one that was tried
+        return None, f"{type(error).__name__}: {str(error)[:100]}"
+    return (None, f"{', '.join(wrong)} gives wrong products") if wrong else (found, "")
+
+
+def _computes(found: Kernels, kind: Kind) -> bool:
+    """Whether a product of small whole numbers is exact, with a second part of rows and of columns."""
+    count, columns, group = AT_ONCE[kind] + 1, 64, 32
+    codes = (torch.arange(TILE * 2 * columns) * 7919 % 15 - 7).view(2 * TILE, columns)
+    x = torch.arange(count * columns).mul(104729).remainder(3).sub(1).view(count, columns)
+    x[:, 0] = 127  # the scale of activations in 8 bits is 1
+    bias = torch.arange(2 * TILE) % 5
+    expected = x @ codes.t() + bias
+    scale = sums = None
+    if kind == "bf16":
+        weight = in_tiles(codes.bfloat16(), 2)
+    elif kind == "int8":
+        weight, scale = in_tiles(codes.to(torch.int8), 4), torch.ones(2 * TILE)
+        sums = codes.sum(-1, dtype=torch.int32) * -ZERO
+    else:
+        half = TILE // 2
+        plus = (codes + 8).to(torch.uint8).view(2, 2, half, columns)
+        weight = (plus[:, 0] | plus[:, 1] << 4).transpose(1, 2).contiguous()
+        scale = torch.ones(2 * TILE)
+        if kind == "int4 groups":
+            pairs = torch.tensor([[[2.0, 3.0]], [[0.5, -1.0]]]).expand(2, 2 * TILE, 2)
+            scale = pairs.bfloat16().contiguous()
+            numbers = codes.view(-1, 2, group) * pairs[:, 0, 0, None] + pairs[:, 0, 1, None]
+            expected = x.float() @ numbers.view(-1, columns).t() + bias
+    given = x.bfloat16()
+    out = found(kind, given, weight.data_ptr(), 2 * TILE, scale, sums, bias.bfloat16(), group)
+    if kind == "int8":
+        coded, worth = found.encode(given)
+        again = torch.empty_like(out)
+        found.scale((coded.float() - ZERO) @ codes.t().float(), worth, bias.bfloat16(), again)
+        return torch.equal(out, expected.bfloat16()) and torch.equal(again, out)
+    return torch.equal(out, expected.bfloat16())
+
+
+def _normalizes(found: Kernels) -> bool:
+    """Whether rows whose squares have the mean 4 are halved and weighted, in both dtypes."""
+    x, weight = torch.full((3, 48), 2.0), torch.arange(48.0)
+    x[:, ::2] = -2
+    return all(
+        torch.equal(found.norm(x.to(dtype), weight.to(dtype), 0.0), (x / 2 * weight).to(dtype))
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+
+
+def in_tiles(weight: Tensor, step: int) -> Tensor:
+    """(out, in) as oneDNN keeps it for these kernels: by tile and step, each row's numbers of a step side by side."""
+    rows, columns = weight.shape
+    return weight.view(rows // TILE, TILE, columns // step, step).transpose(1, 2).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _zeros(count: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(count, dtype=dtype)
+
+
+def _llvm() -> tuple[str, Any]:
+    """The processor's name, and LLVM for it."""
+    try:
+        import llvmlite.binding as llvm
+    except ImportError as error:
+        raise _Missing("llvmlite is not installed") from error
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    missing = [name for name in FEATURES if not features.get(name)]
+    if missing:
+        raise _Missing(f"the processor lacks {', '.join(missing)}")
+    return llvm.get_host_cpu_name(), llvm
+
+
+def _machine(llvm: Any) -> Any:
+    features = llvm.get_host_cpu_features().flatten()
+    target = llvm.Target.from_default_triple()
+    return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
+
+
+def _openmp() -> Callable[[int, int, int, int], None]:
+    """GCC's parallel region of the OpenMP that torch has loaded, so that its threads are used and no others are made."""
+    if sys.platform != "linux":
+        raise _Missing(f"torch's OpenMP is another one on {sys.platform}")
+    import llvmlite.binding as llvm
+
+    with open("/proc/self/maps", encoding="utf-8") as maps:
+        paths = {found[0] for line in maps if (found := re.search(r"/.*libgomp.*", line))}
+    site = str(Path(torch.__file__).resolve().parent.parent)  # other packages bring one of their own
+    own = [path for path in paths if path.startswith((f"{site}/torch/", f"{site}/torch.libs/"))] or list(
+        paths
+    )
+    if len(own) != 1:
+        raise _Missing(f"{len(own)} libraries of OpenMP could be torch's")
+    library = ctypes.CDLL(own[0])
+    for name in ("omp_get_thread_num", "omp_get_num_threads"):
+        llvm.add_symbol(name, ctypes.cast(getattr(library, name), ctypes.c_void_p).value)
+    parallel = library.GOMP_parallel
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel  # type: ignore[no-any-return]

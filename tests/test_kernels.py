@@ -1,0 +1,274 @@
+"""Kernels compiled for this processor: their products, and that torch's take their place wherever they cannot serve."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from glm_core import groupwise, kernels, linear, quantization
+from glm_core.groupwise import GroupwiseLinear
+from glm_core.quantization import RowwiseLinear
+
+needs_kernels = pytest.mark.skipif(
+    kernels.kernels() is None, reason=f"this processor's products are {kernels.state()}"
+)
+SHAPES = [(64, 32), (128, 96), (192, 416), (640, 1024)]
+NAMES = ("packed", "dynamic", "int4", "int4-g32", "int4-g128")
+
+
+@pytest.fixture(autouse=True)
+def serves_small_weights(monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST_BYTES", 1)
+
+
+@pytest.fixture()
+def calls(monkeypatch):
+    """The kinds that were computed by the kernels."""
+    seen: list[str] = []
+    real = kernels.Kernels.__call__
+
+    def noted(self, kind, *args):
+        seen.append(kind)
+        return real(self, kind, *args)
+
+    monkeypatch.setattr(kernels.Kernels, "__call__", noted)
+    return seen
+
+
+def layer(
+    name: str, rows: int, columns: int, bias: bool = True, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    torch.manual_seed(rows + columns)
+    plain = nn.Linear(columns, rows, bias).to(dtype)
+    if name == "packed":
+        return linear.PackedLinear(plain.weight, plain.bias)
+    if name == "dynamic":
+        codes = RowwiseLinear.from_linear(plain, 8)
+        return linear.DynamicLinear(codes.stored(), codes.weight_scale, codes.bias)
+    if name == "int4":
+        return RowwiseLinear.from_linear(plain, 4)
+    return GroupwiseLinear.from_linear(plain, 4, groupwise.group_for(columns, int(name[6:])))
+
+
+def exact(one: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The product in fp64, with the numbers that the layer has."""
+    weight = one.weight if isinstance(one, linear.PackedLinear) else one.dequantized()
+    out = x.double() @ weight.double().t()
+    return out if one.bias is None else out + one.bias.double()
+
+
+def without(one: nn.Module, x: torch.Tensor, monkeypatch) -> torch.Tensor:
+    """What torch's own kernels give."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_found", [(None, "")])
+        return one(x)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["packed", "int4", "int4-g32", "int4-g128"])
+@torch.inference_mode()
+def test_products_are_those_of_the_weights_whatever_the_number_of_rows(name, bias, calls):
+    for rows, columns in SHAPES:
+        if name == "int4-g128" and columns % 128:
+            continue
+        one = layer(name, rows, columns, bias)
+        for n in (*range(1, 10), 17):
+            x = torch.randn(n, columns).bfloat16()
+            right, before = exact(one, x), len(calls)
+            # fp32 sums, rounded once to bf16; and what fp32 loses where large numbers cancel
+            allowed = 2**-8 * right.abs() + 1e-5 * (x.abs().double().sum(-1, keepdim=True))
+            assert bool(((one(x).double() - right).abs() <= allowed).all()), (rows, columns, n)
+            assert (len(calls) > before) == (name != "packed" or n <= kernels.MOST_ROWS)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.inference_mode()
+def test_products_of_8_bit_activations_are_those_of_onednn(dtype, calls, monkeypatch):
+    for rows, columns in SHAPES:
+        for bias in (True, False):
+            one = layer("dynamic", rows, columns, bias, dtype)
+            for n in (*range(1, kernels.MOST_ROWS + 2), 300):
+                x = (torch.randn(n, columns) * torch.logspace(-3, 3, n)[:, None]).to(dtype)
+                x[-1] = 0 if n > 1 else x[-1]
+                before = len(calls)
+                found, other = one(x), without(one, x, monkeypatch)
+                assert len(calls) == before + (one.few and n <= kernels.MOST_ROWS)
+                rounding = 2**-7 if dtype == torch.bfloat16 else 1e-6  # one step of bf16
+                torch.testing.assert_close(found, other, rtol=rounding, atol=1e-6)
+    assert one.few and set(calls) == {"int8"}  # at least the largest one
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@torch.inference_mode()
+def test_norms_are_as_exact_as_torchs(dtype):
+    own = kernels.kernels()
+    for shape in ((1, 16), (7, 48), (2, 3, 512), (40, 4096)):
+        x, weight = (3 * torch.randn(shape)).to(dtype), torch.randn(shape[-1]).to(dtype)
+        right = F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-5)
+        found = own.norm(x, weight, 1e-5)
+        assert found.dtype == dtype and found.shape == x.shape
+        rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+        torch.testing.assert_close(found.double(), right, rtol=rounding, atol=1e-9)
+        assert torch.equal(own.norm(x[-1:], weight, 1e-5), found[-1:])  # whoever stands beside it
+    assert not bool(own.norm(torch.zeros(2, 32, dtype=dtype), torch.ones(32, dtype=dtype), 1e-5).any())
+
+
+@needs_kernels
+@torch.inference_mode()
+def test_numbers_that_are_none_are_not_hidden(monkeypatch):
+    for name in NAMES:
+        one = layer(name, 128, 128)
+        for bad in (float("nan"), float("inf")):
+            x = torch.randn(3, 128).bfloat16()
+            x[1, 7] = bad
+            out = one(x)
+            assert not bool(out[1].isfinite().any()) and bool(out[[0, 2]].isfinite().all()), (name, bad)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_any_number_of_threads_and_callers_gives_the_same(name):
+    one, x = layer(name, 640, 512), torch.randn(5, 512).bfloat16()
+    right, before = one(x), torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 12):  # more than there are tiles
+            torch.set_num_threads(threads)
+            assert torch.equal(one(x), right)
+    finally:
+        torch.set_num_threads(before)
+    found: list[bool] = []
+
+    def call() -> None:
+        with torch.inference_mode():
+            found.extend(torch.equal(one(x[:n]), right[:n]) for n in (1, 2, 3, 5) for _ in range(20))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    [caller.start() for caller in callers]
+    [caller.join() for caller in callers]
+    assert len(found) == 3 * 80 and all(found)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["int4", "int4-g32"])  # oneDNN's weights cannot be copied
+@torch.inference_mode()
+def test_a_copy_of_a_layer_outlives_the_layer(name):
+    one, x = layer(name, 128, 256), torch.randn(2, 256).bfloat16()
+    right = one(x)
+    other = copy.deepcopy(one)
+    del one
+    gc.collect()
+    torch.randn(1 << 20)
+    assert torch.equal(other(x), right)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_other_inputs_and_sizes_are_computed_by_torch(name, calls):
+    for rows, columns in ((96, 64), (128, 48)):
+        if name.startswith("int4-g") and columns % 32:
+            continue
+        one = layer(name, rows, columns)
+        x = torch.randn(2, columns).bfloat16()
+        if isinstance(one, linear.DynamicLinear):
+            assert one(x).shape == (2, rows)
+        else:
+            torch.testing.assert_close(one(x).double(), exact(one, x), rtol=0.02, atol=0.02)
+    one = layer(name, 128, 128)
+    if name != "dynamic":  # which takes both
+        one(torch.randn(2, 128))
+    one(torch.randn(0, 128).bfloat16())
+    assert one(torch.randn(2, 1, 128).bfloat16()[:, :, ::1]).shape == (2, 1, 128)
+    assert len(calls) == 1
+
+
+@needs_kernels
+def test_views_of_larger_tensors_are_read_as_they_are_seen():
+    wide = torch.randn(3, 512).bfloat16()
+    for name in NAMES:
+        one = layer(name, 128, 256)
+        with torch.inference_mode():
+            assert torch.equal(one(wide[:, ::2]), one(wide[:, ::2].contiguous()))
+
+
+@needs_kernels
+def test_a_weight_that_onednn_orders_otherwise_is_left_to_it(monkeypatch):
+    weight = torch.randn(128, 64).bfloat16()
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    assert linear.in_tiles("bf16", packed, weight)
+    for moved in (weight.flip(0), weight.flip(1), weight[:, torch.arange(64).view(2, 32).t().reshape(-1)]):
+        assert not linear.in_tiles("bf16", packed, moved)
+
+
+@needs_kernels
+def test_the_kernels_of_a_model_are_compiled_when_it_is_laid_out(calls):
+    model = nn.ModuleDict({name: layer(name, 128, 128) for name in NAMES})
+    made = kernels.kernels()._made
+    linear.prepare(model, torch.bfloat16)
+    expected = {(kind, n) for kind in kernels.AT_ONCE for n in range(1, kernels.MOST_ROWS + 1)}
+    assert expected <= {(kind, n) for kind, n, dtype in made if dtype == torch.bfloat16}
+    assert not calls
+
+
+@pytest.fixture()
+def untried(monkeypatch):
+    """As in a program that has not looked for kernels yet."""
+    monkeypatch.setattr(kernels, "_found", [])
+
+
+def test_without_llvm_torch_computes(untried, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llvmlite.binding", None)
+    assert kernels.kernels() is None and kernels.state() == "torch's (llvmlite is not installed)"
+    one = layer("int4-g32", 128, 128)
+    x = torch.randn(3, 128).bfloat16()
+    with torch.inference_mode():
+        torch.testing.assert_close(one(x).double(), exact(one, x), rtol=0.02, atol=0.02)
+
+
+def test_they_can_be_switched_off(untried, monkeypatch):
+    monkeypatch.setenv("GLM_KERNELS", "torch")
+    assert kernels.kernels() is None and kernels.state() == "torch's (GLM_KERNELS=torch)"
+
+
+@needs_kernels
+def test_torchs_openmp_is_found_beside_those_of_other_packages(untried):
+    import sklearn.linear_model  # noqa: F401  # brings one
+
+    assert kernels.kernels() is not None
+
+
+@needs_kernels
+def test_kernels_that_compute_wrong_are_not_used(untried, monkeypatch):
+    real = kernels._bf16
+    monkeypatch.setattr(
+        kernels, "CODES", kernels._numbers("i16", [real(code % 16 - 7) for code in range(32)])
+    )
+    assert kernels.kernels() is None
+    assert kernels.state() == "torch's (int4, int4 groups gives wrong products)"
+
+
+def test_a_lesser_processor_is_told(untried, monkeypatch):
+    pytest.importorskip("llvmlite")
+    monkeypatch.setattr(kernels, "FEATURES", ("avx512f-of-the-future",))
+    assert kernels.state() == "torch's (the processor lacks avx512f-of-the-future)"
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [4])
+def test_a_layer_that_learns_its_input_keeps_its_gradient(bits):
+    one = layer("int4", 128, 128)
+    x = torch.randn(3, 128).bfloat16().requires_grad_()
+    one(x).float().sum().backward()
+    right = quantization.dequantize(one.stored(), one.weight_scale, bits).double().sum(0)
+    torch.testing.assert_close(x.grad.double(), right.expand(3, -1), rtol=0.02, atol=0.02)

@@ -237,20 +237,20 @@ class GroupwiseLinear(RowwiseLinear):
         few = {"cpu": self._few_rows(), "cuda": FEW_ROWS_CUDA}.get(x.device.type, 0)
         if x.dtype != torch.bfloat16 or not 0 < x.shape[0] <= few:
             return False
+        own = x.device.type == "cpu" and bool(self._own())
         if x.device.type == "cuda":
             tile = CUDA_ROWS if cuda_kernel(x.device) else 0
         else:
             tile = quantization.int4_tile() if int4_kernel() else 0
-        if not tile or self.out_features % tile:
+        if not own and (not tile or self.out_features % tile):
             return False
         if self.weight.dtype == torch.int8 and self.tiled:
-            self._tile(tile)
-        return self._pairs is not None
+            self._tile()
+        return self._pairs is not None and self._for_own == own
 
     def _by_own(self, own: kernels.Kernels, x: Tensor) -> Tensor:
         assert self._pairs is not None
-        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
-        return self._parts(own, x, self._pairs, bias, self.group)
+        return self._in_parts(own, x, self._pairs, self.group)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         assert self._pairs is not None
@@ -273,7 +273,7 @@ class GroupwiseLinear(RowwiseLinear):
             rows = slice(start * CUDA_ROWS, start * CUDA_ROWS + stored.shape[0])
             yield rows, quantization._numbers(stored, scratch[: stored.shape[0]], BITS)
 
-    def _tile(self, tile: int) -> None:
+    def _tile(self) -> None:
         with quantization._TILING, torch.inference_mode(False), torch.no_grad():
             if self.weight.dtype != torch.int8:
                 return
@@ -286,7 +286,8 @@ class GroupwiseLinear(RowwiseLinear):
             if weight.is_cuda:
                 tiled = to_fragments(weight)
             else:
-                tiled = quantization._in_blocks(weight, torch.uint8, tile, quantization._tile)
+                self._for_own = bool(self._own())
+                tiled = quantization._in_tiles(weight, self._for_own)
             self._pairs = pairs
             self.weight_scale, self.weight_zero = (quantization._frozen(one.t()) for one in pairs.unbind(-1))
             self.weight = quantization._frozen(tiled)

@@ -138,8 +138,7 @@ class DynamicLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         if self.few and 0 < len(rows) <= MOST_ROWS and x.dtype in DTYPES and (own := kernels.kernels()):
             address = torch.ops.mkldnn.data_ptr(self._packed)
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            out = own("int8", rows, address, self.out_features, self.weight_scale, self._sums, bias)
+            out = own("int8", rows, address, self.out_features, self.weight_scale, self._sums, self.bias)
         elif len(rows) == 1 and x.dtype in DTYPES:
             out = self._single(rows)
         else:
@@ -153,8 +152,7 @@ class DynamicLinear(nn.Module):
         """(n, in) -> (n, out)."""
         if self.few and out.dtype in DTYPES and (own := kernels.kernels()):
             codes, worth = own.encode(rows)
-            bias = None if self.bias is None else self.bias.to(out.dtype)
-            own.scale(self._multiply(codes, 1.0, torch.float32), worth, bias, out)
+            own.scale(self._multiply(codes, 1.0, torch.float32), worth, self.bias, out)
             return
         largest = rows.abs().amax(-1, keepdim=True).float()
         largest.clamp_min_(SMALLEST)

@@ -33,9 +33,8 @@ LARGEST = {8: 127, 4: 7}
 # Up to so many rows of bf16 the packed kernels beat expanding the codes block by block and an ordinary product; they
 # get slower in proportion to the rows. Measured on one core of an EPYC with AVX512-BF16, layers of 4096 x 4096.
 FEW_ROWS = {8: 10, 4: 40}
-COMPILED_ROWS = (
-    512  # of INT4 and the compiled kernels, which are faster than expanding the codes for at least as many
-)
+# The compiled kernels for INT4 are faster than expanding the codes for at least so many.
+COMPILED_ROWS = 512
 # Codes expanded at a time: on the CPU the floats have to stay in the cache until they are multiplied.
 BLOCK_CODES = {"cpu": 1 << 20}
 BLOCK_CODES_ELSEWHERE = 1 << 26
@@ -172,13 +171,14 @@ class RowwiseLinear(_Rowwise):
     The input decides the precision: fp32 equals the dequantized weight within rounding, bf16 and fp16 round the
     result. Gradients reach the input and the bias.
 
-    On a CPU and for a few rows of bf16, INT4 needs another order of the nibbles. The first such call replaces
-    `weight` by one in that order, of the same size, which its dtype uint8 tells; `stored()` and state_dict()
-    always give the released layout. `tiled=False` forbids it, for a weight that another module shares.
+    On a CPU and for a few rows of bf16, INT4 needs another order of the nibbles: that of the compiled kernels or, where
+    there are none, of torch's. The first such call replaces `weight` by one in that order, of the same size, which its
+    dtype uint8 tells; `stored()` and state_dict() always give the released layout. `tiled=False` forbids it, for a weight that another module shares.
     """
 
     bias: nn.Parameter | None
     _kind: kernels.Kind = "int4"
+    _for_own = False  # whether a weight in another order has that of the compiled kernels
 
     def __init__(
         self,
@@ -266,7 +266,7 @@ class RowwiseLinear(_Rowwise):
             space = scratch[: part.shape[0] * columns]
             rows = slice(start, start + part.shape[0])
             if part.dtype == torch.uint8:
-                yield rows, _untiled_numbers(part, space)
+                yield rows, _untiled_numbers(part, space, self._for_own)
             else:
                 yield rows, _numbers(part, space.view(-1, columns), self.bits)
 
@@ -291,17 +291,18 @@ class RowwiseLinear(_Rowwise):
         if self.bits == 8:  # over another number of columns the kernel reads past the end of a row, unchecked
             return self.in_features % 32 == 0 and int8_kernel()
         tile = int4_tile()
-        if not tile or self.out_features % tile or not _group(self.in_features):
+        torchs = tile and self.out_features % tile == 0 and _group(self.in_features)
+        if not torchs and not self._own():
             return False
         if self.weight.dtype == torch.int8 and self.tiled:
-            self._tile(tile)
-        return self.weight.dtype == torch.uint8
+            self._tile()
+        return self.weight.dtype == torch.uint8 and self._for_own == bool(self._own())
 
     def _own(self) -> kernels.Kernels | None:
-        """The compiled kernels, where they can read this layer's codes in the order of torch's INT4 kernel."""
+        """The compiled kernels, where they can compute with this layer."""
         if self.bits == 8 or not kernels.serve("int4", self.out_features, self.in_features):
             return None
-        return kernels.kernels() if int4_tile() == kernels.TILE else None
+        return kernels.kernels()
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what the layer will need for inputs of `dtype` on this processor, so that no answer waits for it."""
@@ -310,21 +311,12 @@ class RowwiseLinear(_Rowwise):
 
     def _by_own(self, own: kernels.Kernels, x: Tensor) -> Tensor:
         """The whole layer's output."""
-        scale = self.weight_scale.detach().float()
-        bias = None if self.bias is None else self.bias.detach().to(x.dtype)
-        return self._parts(own, x, scale, bias, 1)
+        return self._in_parts(own, x, self.weight_scale.detach().float(), _group(self.in_features))
 
-    def _parts(
-        self,
-        own: kernels.Kernels,
-        x: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        group: int,
-    ) -> Tensor:
+    def _in_parts(self, own: kernels.Kernels, x: Tensor, scale: Tensor, group: int) -> Tensor:
         weight = self.weight.data_ptr()
         parts = [
-            own(self._kind, part, weight, self.out_features, scale, None, bias, group)
+            own(self._kind, part, weight, self.out_features, scale, None, self.bias, group)
             for part in x.chunk(-(-len(x) // kernels.MOST_ROWS))
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -339,17 +331,18 @@ class RowwiseLinear(_Rowwise):
         )
         return out
 
-    def _tile(self, tile: int) -> None:
+    def _tile(self) -> None:
         # Tensors born in inference mode could not be used by a later training step.
         with _TILING, torch.inference_mode(False), torch.no_grad():
             if self.weight.dtype == torch.int8:
-                self.weight = _frozen(_in_blocks(self.weight.detach(), torch.uint8, tile, _tile))
+                self._for_own = bool(self._own())
+                self.weight = _frozen(_in_tiles(self.weight.detach(), self._for_own))
 
     def stored(self) -> Tensor:
         weight = self.weight.detach()
         if weight.dtype == torch.int8:
             return weight
-        return _in_blocks(weight, torch.int8, int4_tile(), _untile)
+        return _of_tiles(weight, self._for_own)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._release()  # another device has no use for the order of this one's kernel
@@ -588,7 +581,7 @@ def _numbers(stored: Tensor, space: Tensor, bits: int) -> Tensor:
     return space
 
 
-# ---- the INT4 kernel of torch's CPU backend: its order of nibbles, and whether this machine has it ----
+# ---- INT4 on a processor: the order of nibbles of torch's kernel and of the compiled ones, and whether torch's works ----
 
 _TILING = threading.Lock()
 
@@ -607,9 +600,37 @@ def _untile(tiled: Tensor, tile: int) -> Tensor:
     return pack_int4(codes.reshape(tiled.shape[0], 2 * tiled.shape[1]))
 
 
-def _untiled_numbers(tiled: Tensor, space: Tensor) -> Tensor:
+def _own_tile(stored: Tensor, tile: int) -> Tensor:
+    return kernels.nibbles_in_tiles(unpack_int4(stored))
+
+
+def _own_untile(tiled: Tensor, tile: int) -> Tensor:
+    rows, half = tiled.shape
+    codes = torch.empty(2 * half, rows, dtype=torch.int8)
+    kernels.nibbles_of_tiles(tiled, codes)
+    return pack_int4(codes.t())
+
+
+def _in_tiles(stored: Tensor, own: bool) -> Tensor:
+    """Released rows in the order of the compiled kernels or of torch's."""
+    if own:
+        return _in_blocks(stored, torch.uint8, kernels.TILE, _own_tile)
+    return _in_blocks(stored, torch.uint8, int4_tile(), _tile)
+
+
+def _of_tiles(tiled: Tensor, own: bool) -> Tensor:
+    """The inverse of `_in_tiles`."""
+    if own:
+        return _in_blocks(tiled, torch.int8, kernels.TILE, _own_untile)
+    return _in_blocks(tiled, torch.int8, int4_tile(), _untile)
+
+
+def _untiled_numbers(tiled: Tensor, space: Tensor, own: bool) -> Tensor:
     """Codes of whole tiles written into `space`, returned as (n, in) with the rows adjacent in memory."""
     rows, half = tiled.shape
+    if own:
+        kernels.nibbles_of_tiles(tiled, space)
+        return space.view(2 * half, rows).t()
     tile = int4_tile()
     pairs = tiled.view(-1, 2 * half, tile // 2).transpose(0, 1)
     filled = space.view(2 * half, rows // tile, 2, tile // 2)

@@ -120,7 +120,5 @@ print('{"state": "%s"}' % host.state)
 
 @pytest.mark.parametrize("meanwhile", ["load", "self-test"])
 def test_a_program_that_ends_meanwhile_ends_well(tmp_path, meanwhile):
-    found = run(
-        ENDS_MEANWHILE, tmp_path, meanwhile
-    )  # fails as well where the program ends with "terminate called"
+    found = run(ENDS_MEANWHILE, tmp_path, meanwhile)  # fails as well where it ends with "terminate called"
     assert found["state"] in ("loading", "ready")

@@ -37,6 +37,14 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
     started.kill()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def patience() -> None:
+    """On a busy machine a page takes longer than Playwright's five seconds to say what it will say."""
+    from playwright.sync_api import expect
+
+    expect.set_options(timeout=20_000)
+
+
 @pytest.fixture(scope="module")  # its event loop must be gone where other tests of the process run theirs
 def chromium() -> Iterator[object]:
     from playwright.sync_api import sync_playwright

@@ -139,7 +139,6 @@ class GroupwiseLinear(RowwiseLinear):
     """
 
     weight_zero: nn.Parameter
-    _kind: kernels.Kind = "int4 groups"
 
     def __init__(
         self,
@@ -190,7 +189,7 @@ class GroupwiseLinear(RowwiseLinear):
 
     def _forward(self, x: Tensor) -> Tensor:
         serves = self._kernel_serves(x)
-        if serves and x.device.type == "cpu" and (own := self._own()):
+        if serves and self._for_own and (own := self._own()):
             return self._by_own(own, x)
         out = self._by_kernel(x) if serves else self._by_blocks(x)
         if self.bias is not None:
@@ -237,7 +236,7 @@ class GroupwiseLinear(RowwiseLinear):
         few = {"cpu": self._few_rows(), "cuda": FEW_ROWS_CUDA}.get(x.device.type, 0)
         if x.dtype != torch.bfloat16 or not 0 < x.shape[0] <= few:
             return False
-        own = x.device.type == "cpu" and bool(self._own())
+        own = x.device.type == "cpu" and bool(self._own()) and (self.tiled or self._for_own)
         if x.device.type == "cuda":
             tile = CUDA_ROWS if cuda_kernel(x.device) else 0
         else:
@@ -247,6 +246,10 @@ class GroupwiseLinear(RowwiseLinear):
         if self.weight.dtype == torch.int8 and self.tiled:
             self._tile()
         return self._pairs is not None and self._for_own == own
+
+    @property
+    def _kind(self) -> kernels.Kind:
+        return "int4 groups"
 
     def _by_own(self, own: kernels.Kernels, x: Tensor) -> Tensor:
         assert self._pairs is not None
@@ -287,7 +290,7 @@ class GroupwiseLinear(RowwiseLinear):
                 tiled = to_fragments(weight)
             else:
                 self._for_own = bool(self._own())
-                tiled = quantization._in_tiles(weight, self._for_own)
+                tiled = quantization._in_tiles(weight, self.bits, self._for_own)
             self._pairs = pairs
             self.weight_scale, self.weight_zero = (quantization._frozen(one.t()) for one in pairs.unbind(-1))
             self.weight = quantization._frozen(tiled)

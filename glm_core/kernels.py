@@ -2,18 +2,18 @@
 
 A step of a chat reads every weight once and computes little with it, so its time is that of reading memory, unless the
 product itself is slow: torch's INT4 kernel takes 1.7 times as long as reading its weight does (Zen 4), oneDNN's
-products with one row a third more. Nothing is kept twice: 8 bits and bf16 are read in the
-layout of oneDNN, which goes on to serve many rows, and INT4 has a layout of its own. Beside them: RMSNorm, and the 8-bit codes of activations and what is made of
+products with one row a third more. Nothing is kept twice: bf16 and INT8 with
+dynamic activations are read in the layout of oneDNN, which goes on to serve many rows; the others have one of their own. Beside them: RMSNorm, and the 8-bit codes of activations and what is made of
 their sums, for any number of rows; torch takes several passes for each.
 
 A weight stands in tiles of 64 rows. Of each, step by step along the columns, there are 4 bytes of each row: two columns
 in bf16, four in 8 bits, as oneDNN has them, or four with 4 bits, the codes of rows r and r + 32 in a byte. A tile's rows
 are the lanes of four registers, and four bytes of x are multiplied with all.
 
-INT4 codes are multiplied as whole numbers, with x in 16 bits: of each group of columns in a row, x is rounded to
+Codes are multiplied as whole numbers, with x in 16 bits: of each group of columns in a row, x is rounded to
 +-32639 times what one is worth there, 1/65278 of the group's largest number at most, and its high and low byte are
-multiplied one after the other. That is finer than bf16 (1/512 of a number), and takes 7 instructions for 128 codes where
-expanding them to bf16 took 12.
+multiplied one after the other. That is finer than bf16 (1/512 of a number), and takes 7 instructions for 128 codes of
+INT4 where expanding them to bf16 took 12. With dynamic activations, x has 8 bits for a whole row.
 
 They need AVX-512 with bf16, VNNI and VBMI (Zen 4, Sapphire Rapids, and later), Linux, torch's OpenMP (its threads compute
 here as well) and the package llvmlite; elsewhere `kernels()` is None and torch computes as always.
@@ -37,19 +37,20 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-Kind = Literal["int4", "int4 groups", "bf16", "int8"]  # of products, by how the weight is stored
+# Of products, by how the weight is stored and, where activations have 8 bits, too, by that.
+Kind = Literal["int4", "int4 groups", "int8", "int8 dynamic", "bf16"]
 
 TILE = 64  # rows of a weight that are computed together
 LANES = 16  # of a register
 VECTORS = TILE // LANES
 AHEAD = 4096  # bytes of the weight that are asked for before they are needed; processors stop doing so at pages' ends
 # Rows of x that the 32 registers have room for; with more a product is computed in parts.
-AT_ONCE: dict[Kind, int] = {"int4": 3, "int4 groups": 3, "bf16": 6, "int8": 6}
+AT_ONCE: dict[Kind, int] = {"int4": 3, "int4 groups": 3, "int8": 3, "int8 dynamic": 6, "bf16": 6}
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vnni", "avx512vbmi")
 MOST_ROWS = 8  # of one call
 LEAST_BYTES = 2 << 20  # of a weight; of a smaller one caches hide what torch's kernels lose
 ALONE = 1 << 15  # numbers up to which one thread normalizes them sooner than it could wake another
-ZERO = 128  # the unsigned 8-bit code of 0
+ZERO, ZERO_4 = 128, 8  # the unsigned 8-bit code of 0, and that of 4 bits
 HALF_ABOVE = ZERO + 0.5  # then cut off: rounded to the nearest
 SMALLEST = torch.finfo(torch.float32).tiny * ZERO  # a row of zeros stays zeros
 LARGEST_16 = 127 * 256 + 127  # whose high byte and low byte, as signed numbers, both fit
@@ -397,7 +398,7 @@ class _Float(_Product):
             self.finish(row, lanes[vector], self.load(FLOATS, at))
 
 
-class _Bytes(_Product):
+class _Dynamic(_Product):
     """A weight in 8 bits, and x made so."""
 
     per_step = 4
@@ -429,11 +430,14 @@ class _Bytes(_Product):
             self.finish(row, lanes[vector], number)
 
 
-class _Nibbles(_Product):
-    """A weight in 4 bits; x in 16, group by group of columns. In "int4 groups" the weight has groups of that size, too."""
+class _Codes(_Product):
+    """A weight in 8 or 4 bits; x in 16, group by group of columns. In "int4 groups" the weight has these groups, too."""
 
     per_step = 4
-    step_bytes = TILE * 2
+
+    def __init__(self, kind: Kind, rows: int, dtype: torch.dtype) -> None:
+        super().__init__(kind, rows, dtype)
+        self.step_bytes, self.plus = (TILE * 4, ZERO) if kind == "int8" else (TILE * 2, ZERO_4)
 
     def prepare(self) -> None:
         group = self.given["group"]
@@ -442,7 +446,7 @@ class _Nibbles(_Product):
         groups = self.times(self.groups, self.rows)
         self.high, self.low = (self.let(f"alloca i8, i64 {count}, align 64") for _ in range(2))
         self.worth = self.let(f"alloca float, i64 {groups}, align 64")
-        self.start = self.let(f"alloca i32, i64 {groups}, align 64")  # of sums: codes are stored plus 8
+        self.start = self.let(f"alloca i32, i64 {groups}, align 64")  # of sums, for what is added to codes
         with self.loop("0", groups) as at:
             self._encode(at, self.times(at, group))
 
@@ -467,7 +471,8 @@ class _Nibbles(_Product):
         worth = self.let(f"fdiv float {largest}, {_float(LARGEST_16)}")
         self.do(f"store float {worth}, ptr {self.at(self.worth, 'float', group)}")
         lanes = f"{WORDS} {self.load(WORDS, total)}"
-        start = self.let(f"mul i32 {self.call('i32', f'llvm.vector.reduce.add.v{LANES}i32', lanes)}, -8")
+        added = self.call("i32", f"llvm.vector.reduce.add.v{LANES}i32", lanes)
+        start = self.let(f"mul i32 {added}, {-self.plus}")
         self.do(f"store i32 {start}, ptr {self.at(self.start, 'i32', group)}")
 
     def tile(self, weight: str, lanes: list[str], rows: range) -> None:
@@ -504,20 +509,22 @@ class _Nibbles(_Product):
                     self._add(sums[at], number, worth, start[row], group, lanes[vector])
         for row, vector in places:
             number = self.load(FLOATS, sums[row, vector])
-            if self.kind == "int4":
+            if self.kind != "int4 groups":
                 scale = self.load(FLOATS, self.at(self.given["scale"], "float", lanes[vector]))
                 number = self.let(f"fmul {FLOATS} {number}, {scale}")
             self.finish(row, lanes[vector], number)
 
     def _numbers(self, place: str) -> list[str]:
-        """The codes plus 8 of a step, for each 16 rows a register."""
+        """The codes of a step and what is added to them, for each 16 rows a register."""
+        if self.kind == "int8":
+            return [self.load(BYTES, self.at(place, "i8", str(64 * vector))) for vector in range(VECTORS)]
         stored = [self.load(BYTES, self.at(place, "i8", str(64 * half))) for half in range(2)]
         nibble = _same("i8", 15, 4 * LANES)
         high = [self.let(f"lshr {BYTES} {one}, {_same('i8', 4, 4 * LANES)}") for one in stored]
         return [self.let(f"and {BYTES} {one}, {nibble}") for one in stored] + high
 
     def _add(self, sums: str, number: str, worth: str, start: str, group: str, lanes: str) -> None:
-        """Add a group's sum of 16 rows to what is in memory; `start` is -8 times the sum of x there."""
+        """Add a group's sum of 16 rows to what is in memory; `start` is -plus times the sum of x there."""
         before = self.load(FLOATS, sums)
         if self.kind == "int4 groups":
             place = self.add(self.times(group, self.weight_rows), lanes)
@@ -526,14 +533,14 @@ class _Nibbles(_Product):
             zero = self.let(f"and {WORDS} {pair}, {_same('i32', -65536, LANES)}")
             scale, zero = (self.let(f"bitcast {WORDS} {bits} to {FLOATS}") for bits in (scale, zero))
             total = self.let(f"sitofp {WORDS} {start} to {FLOATS}")
-            total = self.let(f"fmul {FLOATS} {total}, {_same('float', _float(-1 / 8), LANES)}")
+            total = self.let(f"fmul {FLOATS} {total}, {_same('float', _float(-1 / self.plus), LANES)}")
             number = self.let(f"fmul {FLOATS} {number}, {scale}")
             number = self.fma(zero, total, number)
         self.do(f"store {FLOATS} {self.fma(number, worth, before)}, ptr {sums}")
 
 
 PRODUCTS: dict[Kind, type[_Product]] = {
-    "int4": _Nibbles, "int4 groups": _Nibbles, "bf16": _Float, "int8": _Bytes,
+    "int4": _Codes, "int4 groups": _Codes, "int8": _Codes, "int8 dynamic": _Dynamic, "bf16": _Float,
 }  # fmt: skip
 OTHERS: dict[str, type[_Kernel]] = {"encode": _Encode, "scale": _Scale, "norm": _Norm}
 
@@ -563,11 +570,11 @@ class Kernels:
     ) -> Tensor:
         """(n, in) -> (n, out) in the dtype of x, n up to MOST_ROWS. Nothing is checked here: see `serve`.
 
-        weight  address of the weight's tiles: `in_tiles` or `nibbles_in_tiles`
+        weight  address of the weight's tiles: "bf16" and "int8 dynamic" `in_tiles`, the others `codes_in_tiles`
         rows    of the weight, out
-        scale   "int4 groups": bf16 (groups, out, 2), scale and zero point; "int4" and "int8": fp32 (out,)
-        group   columns, a multiple of 32: INT4 only, in "int4" those that x is rounded in
-        sums    "int8": int32 (out,), the sums of the codes of each row times -ZERO
+        scale   "int4 groups": bf16 (groups, out, 2), scale and zero point; "bf16": none; others: fp32 (out,)
+        group   columns, a multiple of 32, that x is rounded in; in "int4 groups" also those of the weight
+        sums    "int8 dynamic": int32 (out,), the sums of the codes of each row times -ZERO
         bias    (out,)
         """
         n, columns = x.shape
@@ -614,7 +621,7 @@ class Kernels:
         """Compile those of a kind for every number of rows now, so that no answer waits: 0.2 to 0.5 s."""
         for rows in range(1, MOST_ROWS + 1):
             self._make(kind, rows, dtype)
-        if kind == "int8":
+        if kind == "int8 dynamic":
             self._make("encode", 0, dtype)
             self._make("scale", 0, dtype)
 
@@ -644,7 +651,7 @@ class Kernels:
 
 def serve(kind: Kind, rows: int, columns: int) -> bool:
     """Whether the kernels compute with a weight of this size here, and are worth it."""
-    bits = {"bf16": 16, "int8": 8}.get(kind, 4)
+    bits = 16 if kind == "bf16" else 8 if kind.startswith("int8") else 4
     if rows * columns * bits // 8 < LEAST_BYTES or rows % TILE or columns % (2 * LANES):
         return False
     return columns * MOST_ROWS <= STACK_BYTES and kernels() is not None
@@ -687,7 +694,7 @@ def _try() -> tuple[Kernels | None, str]:
         return None, str(error)
     except Exception as error:  # of a library in another version than the one that was tried
         return None, f"{type(error).__name__}: {str(error)[:100]}"
-    return (None, f"{', '.join(wrong)} gives wrong products") if wrong else (found, "")
+    return (None, f"wrong products of {', '.join(wrong)}") if wrong else (found, "")
 
 
 def _computes(found: Kernels, kind: Kind) -> bool:
@@ -701,11 +708,11 @@ def _computes(found: Kernels, kind: Kind) -> bool:
     scale = sums = None
     if kind == "bf16":
         weight = in_tiles(codes.bfloat16(), 2)
-    elif kind == "int8":
+    elif kind == "int8 dynamic":
         weight, scale = in_tiles(codes.to(torch.int8), 4), torch.ones(2 * TILE)
         sums = codes.sum(-1, dtype=torch.int32) * -ZERO
     else:
-        weight, scale = nibbles_in_tiles(codes), torch.ones(2 * TILE)
+        weight, scale = codes_in_tiles(codes.to(torch.int8), 8 if kind == "int8" else 4), torch.ones(2 * TILE)
         if kind == "int4 groups":
             pairs = torch.tensor([[[2.0, 3.0]], [[0.5, -1.0]]]).expand(2, 2 * TILE, 2)
             scale = pairs.bfloat16().contiguous()
@@ -713,7 +720,7 @@ def _computes(found: Kernels, kind: Kind) -> bool:
             expected = x.float() @ numbers.view(-1, columns).t() + bias
     given = x.bfloat16()
     out = found(kind, given, weight.data_ptr(), 2 * TILE, scale, sums, bias.bfloat16(), group)
-    if kind == "int8":
+    if kind == "int8 dynamic":
         coded, worth = found.encode(given)
         again = torch.empty_like(out)
         found.scale((coded.float() - ZERO) @ codes.t().float(), worth, bias.bfloat16(), again)
@@ -737,25 +744,30 @@ def in_tiles(weight: Tensor, step: int) -> Tensor:
     return weight.view(rows // TILE, TILE, columns // step, step).transpose(1, 2).contiguous()
 
 
-def nibbles_in_tiles(codes: Tensor) -> Tensor:
-    """Codes -8 to 7 (out, in), plus 8: uint8 (out, in / 2), whose rows and columns mean nothing.
+def codes_in_tiles(codes: Tensor, bits: int) -> Tensor:
+    """int8 codes (out, in) of 8 or 4 bits plus 128 or 8: uint8 (out, in * bits / 8), whose rows and columns mean nothing.
 
-    By tile and step of four columns, each of rows 0 to 31 has four bytes, row 32 further in their high nibbles.
+    By tile and step of four columns, each row has four bytes; with 4 bits rows 0 to 31, row 32 further in their high
+    halves.
     """
     rows, columns = codes.shape
-    four = (codes + 8).to(torch.uint8).view(rows // TILE, 2, TILE // 2, columns // 4, 4)
+    if bits == 8:
+        return (in_tiles(codes, 4).view(torch.uint8) ^ ZERO).view(rows, columns)
+    four = (codes + ZERO_4).to(torch.uint8).view(rows // TILE, 2, TILE // 2, columns // 4, 4)
     return (four[:, 0] | four[:, 1] << 4).transpose(1, 2).reshape(rows, columns // 2)
 
 
-def nibbles_of_tiles(stored: Tensor, out: Tensor) -> None:
-    """The inverse of `nibbles_in_tiles`, for whole tiles and into (in, out) of any dtype."""
-    rows, half = stored.shape
-    four = stored.view(rows // TILE, half // 2, TILE // 2, 4).permute(
-        1, 3, 0, 2
-    )  # (steps, 4, tiles, half a tile)
-    filled = out.view(half // 2, 4, rows // TILE, 2, TILE // 2)
-    filled[:, :, :, 0] = (four & 15).view(torch.int8) - 8
-    filled[:, :, :, 1] = (four >> 4).view(torch.int8) - 8
+def codes_of_tiles(stored: Tensor, bits: int, out: Tensor) -> None:
+    """The inverse of `codes_in_tiles`, for whole tiles and into (in, out) of any dtype."""
+    steps, tiles = out.shape[0] // 4, out.shape[1] // TILE
+    if bits == 8:
+        four = stored.view(tiles, steps, TILE, 4).permute(1, 3, 0, 2)  # (steps, 4, tiles, rows of a tile)
+        out.view(steps, 4, tiles, TILE).copy_((four ^ ZERO).view(torch.int8))
+        return
+    four = stored.view(tiles, steps, TILE // 2, 4).permute(1, 3, 0, 2)
+    filled = out.view(steps, 4, tiles, 2, TILE // 2)
+    filled[:, :, :, 0] = (four & 15).view(torch.int8) - ZERO_4
+    filled[:, :, :, 1] = (four >> 4).view(torch.int8) - ZERO_4
 
 
 @lru_cache(maxsize=64)

@@ -114,7 +114,7 @@ class DynamicLinear(nn.Module):
         with torch.inference_mode(False), torch.no_grad():
             self._packed: Tensor = torch.ops.onednn.qlinear_prepack(codes.detach().contiguous(), None)
             self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
-            self.few = in_tiles("int8", self._packed, codes)
+            self.few = in_tiles("int8 dynamic", self._packed, codes)
             self._sums = codes.sum(-1, dtype=torch.int32) * -ZERO if self.few else None
         self.weight_scale = nn.Parameter(scale.detach().float(), False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), False))
@@ -131,14 +131,16 @@ class DynamicLinear(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what a few rows of `dtype` will need, so that no answer waits for it."""
         if self.few and dtype in DTYPES and (own := kernels.kernels()):
-            own.make("int8", dtype)
+            own.make("int8 dynamic", dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out) in the dtype of x."""
         rows = x.reshape(-1, self.in_features)
         if self.few and 0 < len(rows) <= MOST_ROWS and x.dtype in DTYPES and (own := kernels.kernels()):
             address = torch.ops.mkldnn.data_ptr(self._packed)
-            out = own("int8", rows, address, self.out_features, self.weight_scale, self._sums, self.bias)
+            out = own(
+                "int8 dynamic", rows, address, self.out_features, self.weight_scale, self._sums, self.bias
+            )
         elif len(rows) == 1 and x.dtype in DTYPES:
             out = self._single(rows)
         else:
@@ -422,7 +424,7 @@ def _parameter_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def in_tiles(kind: Literal["bf16", "int8"], packed: Tensor, weight: Tensor) -> bool:
+def in_tiles(kind: Literal["bf16", "int8 dynamic"], packed: Tensor, weight: Tensor) -> bool:
     """Whether a packed weight stands in memory as the kernels for few rows read it.
 
     oneDNN chooses and tells nobody: its first, middle and last tile are compared with those of the plain weight.
@@ -430,7 +432,7 @@ def in_tiles(kind: Literal["bf16", "int8"], packed: Tensor, weight: Tensor) -> b
     rows, columns = weight.shape
     if not kernels.serve(kind, rows, columns):
         return False
-    extra = 4 * rows if kind == "int8" else 0  # which oneDNN adds behind the codes
+    extra = 4 * rows if kind == "int8 dynamic" else 0  # which oneDNN adds behind the codes
     if torch.ops.mkldnn._nbytes(packed) != weight.nbytes + extra:
         return False
     size = TILE * columns * weight.itemsize

@@ -33,7 +33,7 @@ LARGEST = {8: 127, 4: 7}
 # Up to so many rows of bf16 the packed kernels beat expanding the codes block by block and an ordinary product; they
 # get slower in proportion to the rows. Measured on one core of an EPYC with AVX512-BF16, layers of 4096 x 4096.
 FEW_ROWS = {8: 10, 4: 40}
-# The compiled kernels for INT4 are faster than expanding the codes for at least so many.
+# The compiled kernels are faster than expanding the codes for at least so many.
 COMPILED_ROWS = 512
 # Codes expanded at a time: on the CPU the floats have to stay in the cache until they are multiplied.
 BLOCK_CODES = {"cpu": 1 << 20}
@@ -171,13 +171,12 @@ class RowwiseLinear(_Rowwise):
     The input decides the precision: fp32 equals the dequantized weight within rounding, bf16 and fp16 round the
     result. Gradients reach the input and the bias.
 
-    On a CPU and for a few rows of bf16, INT4 needs another order of the nibbles: that of the compiled kernels or, where
-    there are none, of torch's. The first such call replaces `weight` by one in that order, of the same size, which its
-    dtype uint8 tells; `stored()` and state_dict() always give the released layout. `tiled=False` forbids it, for a weight that another module shares.
+    On a CPU and for a few rows of bf16, codes need another order: that of the compiled kernels or, for INT4 where there
+    are none, of torch's. The first such call replaces `weight` by one in that order, of the same size, which its dtype
+    uint8 tells; `stored()` and state_dict() always give the released layout. `tiled=False` forbids it, for a weight that another module shares.
     """
 
     bias: nn.Parameter | None
-    _kind: kernels.Kind = "int4"
     _for_own = False  # whether a weight in another order has that of the compiled kernels
 
     def __init__(
@@ -218,7 +217,7 @@ class RowwiseLinear(_Rowwise):
 
     def _forward(self, x: Tensor) -> Tensor:
         serves = self._kernel_serves(x)
-        if serves and x.device.type == "cpu" and (own := self._own()):
+        if serves and self._for_own and (own := self._own()):
             return self._by_own(own, x)
         sums = self._by_kernel(x) if serves else self._by_blocks(x)
         # bf16 sums are scaled in fp32 and rounded once more: a bf16 scale would be wrong by up to 0.4 %.
@@ -266,7 +265,7 @@ class RowwiseLinear(_Rowwise):
             space = scratch[: part.shape[0] * columns]
             rows = slice(start, start + part.shape[0])
             if part.dtype == torch.uint8:
-                yield rows, _untiled_numbers(part, space, self._for_own)
+                yield rows, _untiled_numbers(part, space.view(columns, -1), self._for_own)
             else:
                 yield rows, _numbers(part, space.view(-1, columns), self.bits)
 
@@ -288,21 +287,25 @@ class RowwiseLinear(_Rowwise):
     def _kernel_serves(self, x: Tensor) -> bool:
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < x.shape[0] <= self._few_rows():
             return False  # in fp32 these kernels are slower than a product over expanded codes
-        if self.bits == 8:  # over another number of columns the kernel reads past the end of a row, unchecked
-            return self.in_features % 32 == 0 and int8_kernel()
+        own = bool(self._own()) and (self.tiled or self._for_own)
+        if self.bits == 8 and not own:
+            # Over another number of columns the kernel reads past the end of a row, unchecked.
+            return self.weight.dtype == torch.int8 and self.in_features % 32 == 0 and int8_kernel()
         tile = int4_tile()
-        torchs = tile and self.out_features % tile == 0 and _group(self.in_features)
-        if not torchs and not self._own():
+        if not own and not (tile and self.out_features % tile == 0 and _group(self.in_features)):
             return False
         if self.weight.dtype == torch.int8 and self.tiled:
             self._tile()
-        return self.weight.dtype == torch.uint8 and self._for_own == bool(self._own())
+        return self.weight.dtype == torch.uint8 and self._for_own == own
+
+    @property
+    def _kind(self) -> kernels.Kind:
+        return "int8" if self.bits == 8 else "int4"
 
     def _own(self) -> kernels.Kernels | None:
         """The compiled kernels, where they can compute with this layer."""
-        if self.bits == 8 or not kernels.serve("int4", self.out_features, self.in_features):
-            return None
-        return kernels.kernels()
+        served = kernels.serve(self._kind, self.out_features, self.in_features)
+        return kernels.kernels() if served else None
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what the layer will need for inputs of `dtype` on this processor, so that no answer waits for it."""
@@ -336,13 +339,13 @@ class RowwiseLinear(_Rowwise):
         with _TILING, torch.inference_mode(False), torch.no_grad():
             if self.weight.dtype == torch.int8:
                 self._for_own = bool(self._own())
-                self.weight = _frozen(_in_tiles(self.weight.detach(), self._for_own))
+                self.weight = _frozen(_in_tiles(self.weight.detach(), self.bits, self._for_own))
 
     def stored(self) -> Tensor:
         weight = self.weight.detach()
         if weight.dtype == torch.int8:
             return weight
-        return _of_tiles(weight, self._for_own)
+        return _of_tiles(weight, self.bits, self._for_own)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._release()  # another device has no use for the order of this one's kernel
@@ -581,7 +584,7 @@ def _numbers(stored: Tensor, space: Tensor, bits: int) -> Tensor:
     return space
 
 
-# ---- INT4 on a processor: the order of nibbles of torch's kernel and of the compiled ones, and whether torch's works ----
+# ---- the order of codes of the compiled kernels and of torch's INT4 kernel, and whether torch's work here ----
 
 _TILING = threading.Lock()
 
@@ -600,43 +603,42 @@ def _untile(tiled: Tensor, tile: int) -> Tensor:
     return pack_int4(codes.reshape(tiled.shape[0], 2 * tiled.shape[1]))
 
 
-def _own_tile(stored: Tensor, tile: int) -> Tensor:
-    return kernels.nibbles_in_tiles(unpack_int4(stored))
-
-
-def _own_untile(tiled: Tensor, tile: int) -> Tensor:
-    rows, half = tiled.shape
-    codes = torch.empty(2 * half, rows, dtype=torch.int8)
-    kernels.nibbles_of_tiles(tiled, codes)
-    return pack_int4(codes.t())
-
-
-def _in_tiles(stored: Tensor, own: bool) -> Tensor:
+def _in_tiles(stored: Tensor, bits: int, own: bool) -> Tensor:
     """Released rows in the order of the compiled kernels or of torch's."""
-    if own:
-        return _in_blocks(stored, torch.uint8, kernels.TILE, _own_tile)
-    return _in_blocks(stored, torch.uint8, int4_tile(), _tile)
+    if not own:
+        return _in_blocks(stored, torch.uint8, int4_tile(), _tile)
+
+    def turn(part: Tensor, tile: int) -> Tensor:
+        return kernels.codes_in_tiles(part if bits == 8 else unpack_int4(part), bits)
+
+    return _in_blocks(stored, torch.uint8, kernels.TILE, turn)
 
 
-def _of_tiles(tiled: Tensor, own: bool) -> Tensor:
+def _of_tiles(tiled: Tensor, bits: int, own: bool) -> Tensor:
     """The inverse of `_in_tiles`."""
-    if own:
-        return _in_blocks(tiled, torch.int8, kernels.TILE, _own_untile)
-    return _in_blocks(tiled, torch.int8, int4_tile(), _untile)
+    if not own:
+        return _in_blocks(tiled, torch.int8, int4_tile(), _untile)
+
+    def turn(part: Tensor, tile: int) -> Tensor:
+        codes = torch.empty(part.shape[1] * 8 // bits, part.shape[0], dtype=torch.int8)
+        kernels.codes_of_tiles(part, bits, codes)
+        return codes.t() if bits == 8 else pack_int4(codes.t())
+
+    return _in_blocks(tiled, torch.int8, kernels.TILE, turn)
 
 
 def _untiled_numbers(tiled: Tensor, space: Tensor, own: bool) -> Tensor:
-    """Codes of whole tiles written into `space`, returned as (n, in) with the rows adjacent in memory."""
-    rows, half = tiled.shape
+    """Codes of whole tiles written into `space` (in, n), returned as (n, in)."""
+    columns, rows = space.shape
     if own:
-        kernels.nibbles_of_tiles(tiled, space)
-        return space.view(2 * half, rows).t()
+        kernels.codes_of_tiles(tiled, 8 if tiled.shape[1] == columns else 4, space)
+        return space.t()
     tile = int4_tile()
-    pairs = tiled.view(-1, 2 * half, tile // 2).transpose(0, 1)
-    filled = space.view(2 * half, rows // tile, 2, tile // 2)
+    pairs = tiled.view(-1, columns, tile // 2).transpose(0, 1)
+    filled = space.view(columns, rows // tile, 2, tile // 2)
     filled[:, :, 0] = (pairs & 15).view(torch.int8) - 8
     filled[:, :, 1] = (pairs >> 4).view(torch.int8) - 8
-    return space.view(2 * half, rows).t()
+    return space.t()
 
 
 def _in_blocks(

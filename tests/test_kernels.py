@@ -20,7 +20,7 @@ needs_kernels = pytest.mark.skipif(
     kernels.kernels() is None, reason=f"this processor's products are {kernels.state()}"
 )
 SHAPES = [(64, 32), (128, 96), (192, 416), (640, 1024)]
-NAMES = ("packed", "dynamic", "int4", "int4-g32", "int4-g128")
+NAMES = ("packed", "dynamic", "int8", "int4", "int4-g32", "int4-g128")
 
 
 @pytest.fixture(autouse=True)
@@ -52,8 +52,8 @@ def layer(
     if name == "dynamic":
         codes = RowwiseLinear.from_linear(plain, 8)
         return linear.DynamicLinear(codes.stored(), codes.weight_scale, codes.bias)
-    if name == "int4":
-        return RowwiseLinear.from_linear(plain, 4)
+    if name in ("int4", "int8"):
+        return RowwiseLinear.from_linear(plain, int(name[3:]))
     return GroupwiseLinear.from_linear(plain, 4, groupwise.group_for(columns, int(name[6:])))
 
 
@@ -71,9 +71,18 @@ def without(one: nn.Module, x: torch.Tensor, monkeypatch) -> torch.Tensor:
         return one(x)
 
 
+def test_a_processor_that_can_has_them():
+    """Where a mistake switches them off the other tests are skipped."""
+    llvm = pytest.importorskip("llvmlite.binding")
+    features = llvm.get_host_cpu_features()
+    if sys.platform != "linux" or not all(features.get(name) for name in kernels.FEATURES):
+        pytest.skip("no AVX-512 with bf16")
+    assert kernels.state() == f"compiled for {llvm.get_host_cpu_name()}"
+
+
 @needs_kernels
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", ["packed", "int4", "int4-g32", "int4-g128"])
+@pytest.mark.parametrize("name", ["packed", "int8", "int4", "int4-g32", "int4-g128"])
 @torch.inference_mode()
 def test_products_are_those_of_the_weights_whatever_the_number_of_rows(name, bias, calls):
     for rows, columns in SHAPES:
@@ -90,8 +99,8 @@ def test_products_are_those_of_the_weights_whatever_the_number_of_rows(name, bia
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["int4", "int4-g32", "int4-g128"])
-def test_int4_in_its_own_order_is_the_same_layer(name):
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-g32", "int4-g128"])
+def test_codes_in_their_own_order_are_the_same_layer(name):
     """What is stored, products in fp32 and of many rows, and gradients are those of the released order."""
     one = layer(name, 192, 512)
     other, x = copy.deepcopy(one), torch.randn(3, 512).bfloat16()
@@ -110,7 +119,7 @@ def test_int4_in_its_own_order_is_the_same_layer(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["int4", "int4-g32"])
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-g32"])
 @torch.inference_mode()
 def test_one_large_input_takes_no_digits_from_those_of_other_groups(name, calls):
     """As trained models have: some channels are hundreds of times as large as the others."""
@@ -147,7 +156,7 @@ def test_products_of_8_bit_activations_are_those_of_onednn(dtype, calls, monkeyp
                 assert len(calls) == before + (one.few and n <= kernels.MOST_ROWS)
                 rounding = 2**-7 if dtype == torch.bfloat16 else 1e-6  # one step of bf16
                 torch.testing.assert_close(found, other, rtol=rounding, atol=1e-6)
-    assert one.few and set(calls) == {"int8"}  # at least the largest one
+    assert one.few and set(calls) == {"int8 dynamic"}  # at least the largest one
 
 
 @needs_kernels
@@ -203,7 +212,7 @@ def test_any_number_of_threads_and_callers_gives_the_same(name):
 
 
 @needs_kernels
-@pytest.mark.parametrize("name", ["int4", "int4-g32"])  # oneDNN's weights cannot be copied
+@pytest.mark.parametrize("name", ["int8", "int4", "int4-g32"])  # oneDNN's weights cannot be copied
 @torch.inference_mode()
 def test_a_copy_of_a_layer_outlives_the_layer(name):
     one, x = layer(name, 128, 256), torch.randn(2, 256).bfloat16()
@@ -295,7 +304,7 @@ def test_torchs_openmp_is_found_beside_those_of_other_packages(untried):
 def test_kernels_that_compute_wrong_are_not_used(untried, monkeypatch):
     monkeypatch.setattr(kernels, "LARGEST_16", 1 << 15)  # its high byte is too large
     assert kernels.kernels() is None
-    assert kernels.state() == "torch's (int4, int4 groups gives wrong products)"
+    assert kernels.state() == "torch's (wrong products of int4, int4 groups, int8)"
 
 
 def test_a_lesser_processor_is_told(untried, monkeypatch):

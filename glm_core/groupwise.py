@@ -253,7 +253,9 @@ class GroupwiseLinear(RowwiseLinear):
 
     def _by_own(self, own: kernels.Kernels, x: Tensor) -> Tensor:
         assert self._pairs is not None
-        return self._in_parts(own, x, self._pairs, self.group)
+        return own(
+            self._kind, x, self.weight.data_ptr(), self.out_features, self._pairs, None, self.bias, self.group
+        )
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         assert self._pairs is not None

@@ -47,7 +47,7 @@ AHEAD = 4096  # bytes of the weight that are asked for before they are needed; p
 # Rows of x that the 32 registers have room for; with more a product is computed in parts.
 AT_ONCE: dict[Kind, int] = {"int4": 3, "int4 groups": 3, "int8": 3, "int8 dynamic": 6, "bf16": 6}
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vnni", "avx512vbmi")
-MOST_ROWS = 8  # of one call
+MOST_ROWS = 8  # up to which every thread codes x for itself
 LEAST_BYTES = 2 << 20  # of a weight; of a smaller one caches hide what torch's kernels lose
 ALONE = 1 << 15  # numbers up to which one thread normalizes them sooner than it could wake another
 ZERO, ZERO_4 = 128, 8  # the unsigned 8-bit code of 0, and that of 4 bits
@@ -244,6 +244,33 @@ class _Kernel(_Code):
             self.do(f"store <{LANES} x i8> {code}, ptr {self.at(codes, 'i8', column)}, align 1")
         return self.let(f"fdiv float {largest}, {_float(127)}")
 
+    def encode_16(self, group: str, plus: str) -> None:
+        """Codes in 16 bits of a group of x, in two bytes, what one is worth, and their sum times `plus` (i32)."""
+        columns = self.given["group"]
+        first = self.times(group, columns)
+        x = self.at(self.given["x"], self.kind_of_x, first)
+        largest = self.largest(x, columns, SMALLEST_16)
+        factor = self.spread("float", self.let(f"fdiv float {_float(LARGEST_16)}, {largest}"))
+        total = self.variable(WORDS, "zeroinitializer")
+        with self.loop("0", columns, LANES) as column:
+            number = self.let(f"fmul {FLOATS} {self.floats(self.at(x, self.kind_of_x, column))}, {factor}")
+            number = self.call(FLOATS, f"llvm.rint.v{LANES}f32", f"{FLOATS} {number}")
+            whole = self.let(f"fptosi {FLOATS} {number} to {WORDS}")
+            added = self.let(f"add {WORDS} {self.load(WORDS, total)}, {whole}")
+            self.do(f"store {WORDS} {added}, ptr {total}")
+            above = self.let(f"add {WORDS} {whole}, {_same('i32', 128, LANES)}")
+            above = self.let(f"ashr {WORDS} {above}, {_same('i32', 8, LANES)}")
+            place = self.add(first, column)
+            for numbers, name in ((above, "codes"), (whole, "low")):
+                code = self.let(f"trunc {WORDS} {numbers} to <{LANES} x i8>")
+                self.do(f"store <{LANES} x i8> {code}, ptr {self.at(self.given[name], 'i8', place)}, align 1")
+        worth = self.let(f"fdiv float {largest}, {_float(LARGEST_16)}")
+        self.do(f"store float {worth}, ptr {self.at(self.given['worth'], 'float', group)}")
+        lanes = f"{WORDS} {self.load(WORDS, total)}"
+        added = self.call("i32", f"llvm.vector.reduce.add.v{LANES}i32", lanes)
+        start = self.let(f"mul i32 {added}, {plus}")
+        self.do(f"store i32 {start}, ptr {self.at(self.given['start'], 'i32', group)}")
+
 
 class _Encode(_Kernel):
     """Codes of many rows in 8 bits, and what one is worth in each."""
@@ -258,6 +285,19 @@ class _Encode(_Kernel):
             x = self.at(self.given["x"], self.kind_of_x, place)
             worth = self.encode(x, self.at(self.given["codes"], "i8", place), self.given["columns"])
             self.do(f"store float {worth}, ptr {self.at(self.given['worth'], 'float', row)}")
+
+
+class _Encode16(_Kernel):
+    """Codes of many groups in 16 bits."""
+
+    fields = ("x", "codes", "low", "worth", "start", "groups", "group", "plus")
+    numbers = ("groups", "group", "plus")
+
+    def body(self) -> None:
+        plus = self.let(f"trunc i64 {self.given['plus']} to i32")
+        first, last = self.share(self.given["groups"])
+        with self.loop(first, last) as group:
+            self.encode_16(group, plus)
 
 
 class _Scale(_Kernel):
@@ -312,41 +352,57 @@ class _Norm(_Kernel):
 
 
 class _Product(_Kernel):
-    """`rows` rows of x times a weight; x, the bias and the result have one dtype."""
+    """Some rows of x times a weight; x, the bias and the result have one dtype.
 
-    fields = ("x", "weight", "scale", "sums", "bias", "out", "tiles", "columns", "group")
-    numbers = ("tiles", "columns", "group")
+    rows   so many, whose codes each thread makes for itself; 0: any number of parts of AT_ONCE rows, already coded
+    """
+
+    fields = (
+        "x", "weight", "scale", "sums", "bias", "out", "tiles", "columns", "group", "parts",
+        "codes", "low", "worth", "start",
+    )  # fmt: skip
+    numbers = ("tiles", "columns", "group", "parts")
     per_step: int  # columns
     step_bytes = TILE * 4
 
     def __init__(self, kind: Kind, rows: int, dtype: torch.dtype) -> None:
         super().__init__(dtype)
-        self.kind, self.rows = kind, rows
-        parts = -(-rows // AT_ONCE[kind])
-        bounds = [rows * part // parts for part in range(parts + 1)]
-        self.parts = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+        self.kind, self.rows, self.at_once = kind, rows, AT_ONCE[kind]
 
     def body(self) -> None:
         tiles = self.given["tiles"]
         self.weight_rows = self.times(tiles, TILE)
         first, last = self.share(tiles)
-        self.prepare()
+        if self.rows:
+            self.prepare()
         with self.loop(first, last) as tile:
             tile_bytes = self.times(self.given["columns"], self.step_bytes // self.per_step)
             weight = self.at(self.given["weight"], "i8", self.times(tile, tile_bytes))
             row = self.times(tile, TILE)
             lanes = [self.add(row, vector * LANES) for vector in range(VECTORS)]
-            for rows in self.parts:  # a second part finds the tile in the cache
-                self.tile(weight, lanes, rows)
+            # A second part finds the tile in the cache.
+            if self.rows:
+                parts = -(-self.rows // self.at_once)
+                bounds = [self.rows * part // parts for part in range(parts + 1)]
+                for rows in itertools.starmap(range, itertools.pairwise(bounds)):
+                    self.tile(weight, lanes, list(map(str, rows)))
+            else:
+                with self.loop("0", self.given["parts"]) as part:
+                    begin = self.times(part, self.at_once)
+                    self.tile(weight, lanes, [self.add(begin, row) for row in range(self.at_once)])
 
     def prepare(self) -> None:
         """What every thread makes of x for itself: that takes less time than waiting for the others."""
 
-    def tile(self, weight: str, lanes: list[str], rows: range) -> None:
+    def tile(self, weight: str, lanes: list[str], rows: list[str]) -> None:
         """Some rows of x times a tile, whose rows of the weight begin at `lanes`, in fours of vectors."""
         raise NotImplementedError
 
-    def x_at(self, row: int, column: str) -> str:
+    def space(self, name: str, kind: str, count: str) -> None:
+        """Room on the stack for a field."""
+        self.given[name] = self.let(f"alloca {kind}, i64 {count}, align 64")
+
+    def x_at(self, row: str, column: str) -> str:
         return self.add(self.times(self.given["columns"], row), column)
 
     def steps(self, weight: str, start: str, stop: str) -> Iterator[tuple[str, str]]:
@@ -371,7 +427,7 @@ class _Product(_Kernel):
         given = f"{WORDS} {self.load(WORDS, sums)}", f"{BYTES} {a}", f"{BYTES} {b}"
         self.do(f"store {WORDS} {self.call(WORDS, 'llvm.x86.avx512.vpdpbusd.512', *given)}, ptr {sums}")
 
-    def finish(self, row: int, lanes: str, sums: str) -> None:
+    def finish(self, row: str, lanes: str, sums: str) -> None:
         """Add the bias to 16 sums and write them."""
         bias = self.floats(self.at(self.given["bias"], self.kind_of_x, lanes))
         place = self.add(self.times(self.weight_rows, row), lanes)
@@ -383,7 +439,7 @@ class _Float(_Product):
 
     per_step = 2
 
-    def tile(self, weight: str, lanes: list[str], rows: range) -> None:
+    def tile(self, weight: str, lanes: list[str], rows: list[str]) -> None:
         sums = {(row, v): self.variable(FLOATS, "zeroinitializer") for v in range(VECTORS) for row in rows}
         for column, place in self.steps(weight, "0", self.given["columns"]):
             numbers = [self.load(PAIRS, self.at(place, "i8", str(64 * vector))) for vector in range(VECTORS)]
@@ -405,28 +461,29 @@ class _Dynamic(_Product):
 
     def prepare(self) -> None:
         columns = self.given["columns"]
-        self.codes = self.let(f"alloca i8, i64 {self.times(columns, self.rows)}, align 64")
-        self.worth = []
-        for row in range(self.rows):
+        self.space("codes", "i8", self.times(columns, self.rows))
+        self.space("worth", "float", str(self.rows))
+        with self.loop("0", str(self.rows)) as row:
             place = self.x_at(row, "0")
             x = self.at(self.given["x"], self.kind_of_x, place)
-            worth = self.encode(x, self.at(self.codes, "i8", place), columns)
-            self.worth.append(self.spread("float", worth))
+            worth = self.encode(x, self.at(self.given["codes"], "i8", place), columns)
+            self.do(f"store float {worth}, ptr {self.at(self.given['worth'], 'float', row)}")
 
-    def tile(self, weight: str, lanes: list[str], rows: range) -> None:
+    def tile(self, weight: str, lanes: list[str], rows: list[str]) -> None:
         start = [self.load(WORDS, self.at(self.given["sums"], "i32", lane)) for lane in lanes]
         sums = {(row, v): self.variable(WORDS, start[v]) for v in range(VECTORS) for row in rows}
         for column, place in self.steps(weight, "0", self.given["columns"]):
             numbers = [self.load(BYTES, self.at(place, "i8", str(64 * vector))) for vector in range(VECTORS)]
             for row in rows:
-                x = self.four_bytes(self.at(self.codes, "i8", self.x_at(row, column)), BYTES)
+                x = self.four_bytes(self.at(self.given["codes"], "i8", self.x_at(row, column)), BYTES)
                 for vector, number in enumerate(numbers):
                     self.dot(sums[row, vector], x, number)
         for (row, vector), at in sums.items():
             scale = self.load(FLOATS, self.at(self.given["scale"], "float", lanes[vector]))
             number = self.let(f"sitofp {WORDS} {self.load(WORDS, at)} to {FLOATS}")
             number = self.let(f"fmul {FLOATS} {number}, {scale}")
-            number = self.let(f"fmul {FLOATS} {number}, {self.worth[row]}")
+            worth = self.spread("float", self.load("float", self.at(self.given["worth"], "float", row)))
+            number = self.let(f"fmul {FLOATS} {number}, {worth}")
             self.finish(row, lanes[vector], number)
 
 
@@ -437,45 +494,23 @@ class _Codes(_Product):
 
     def __init__(self, kind: Kind, rows: int, dtype: torch.dtype) -> None:
         super().__init__(kind, rows, dtype)
-        self.step_bytes, self.plus = (TILE * 4, ZERO) if kind == "int8" else (TILE * 2, ZERO_4)
+        self.step_bytes = TILE * 4 if kind == "int8" else TILE * 2
+        self.plus = PLUS[kind]
+
+    def body(self) -> None:
+        self.groups = self.let(f"udiv i64 {self.given['columns']}, {self.given['group']}")
+        super().body()
 
     def prepare(self) -> None:
-        group = self.given["group"]
-        self.groups = self.let(f"udiv i64 {self.given['columns']}, {group}")
         count = self.times(self.given["columns"], self.rows)
         groups = self.times(self.groups, self.rows)
-        self.high, self.low = (self.let(f"alloca i8, i64 {count}, align 64") for _ in range(2))
-        self.worth = self.let(f"alloca float, i64 {groups}, align 64")
-        self.start = self.let(f"alloca i32, i64 {groups}, align 64")  # of sums, for what is added to codes
-        with self.loop("0", groups) as at:
-            self._encode(at, self.times(at, group))
+        for name, kind, many in (("codes", "i8", count), ("low", "i8", count), ("worth", "float", groups),
+                                 ("start", "i32", groups)):  # fmt: skip
+            self.space(name, kind, many)
+        with self.loop("0", groups) as group:
+            self.encode_16(group, str(-self.plus))
 
-    def _encode(self, group: str, first: str) -> None:
-        columns = self.given["group"]
-        x = self.at(self.given["x"], self.kind_of_x, first)
-        largest = self.largest(x, columns, SMALLEST_16)
-        factor = self.spread("float", self.let(f"fdiv float {_float(LARGEST_16)}, {largest}"))
-        total = self.variable(WORDS, "zeroinitializer")
-        with self.loop("0", columns, LANES) as column:
-            number = self.let(f"fmul {FLOATS} {self.floats(self.at(x, self.kind_of_x, column))}, {factor}")
-            number = self.call(FLOATS, f"llvm.rint.v{LANES}f32", f"{FLOATS} {number}")
-            whole = self.let(f"fptosi {FLOATS} {number} to {WORDS}")
-            added = self.let(f"add {WORDS} {self.load(WORDS, total)}, {whole}")
-            self.do(f"store {WORDS} {added}, ptr {total}")
-            above = self.let(f"add {WORDS} {whole}, {_same('i32', 128, LANES)}")
-            above = self.let(f"ashr {WORDS} {above}, {_same('i32', 8, LANES)}")
-            place = self.add(first, column)
-            for numbers, codes in ((above, self.high), (whole, self.low)):
-                code = self.let(f"trunc {WORDS} {numbers} to <{LANES} x i8>")
-                self.do(f"store <{LANES} x i8> {code}, ptr {self.at(codes, 'i8', place)}, align 1")
-        worth = self.let(f"fdiv float {largest}, {_float(LARGEST_16)}")
-        self.do(f"store float {worth}, ptr {self.at(self.worth, 'float', group)}")
-        lanes = f"{WORDS} {self.load(WORDS, total)}"
-        added = self.call("i32", f"llvm.vector.reduce.add.v{LANES}i32", lanes)
-        start = self.let(f"mul i32 {added}, {-self.plus}")
-        self.do(f"store i32 {start}, ptr {self.at(self.start, 'i32', group)}")
-
-    def tile(self, weight: str, lanes: list[str], rows: range) -> None:
+    def tile(self, weight: str, lanes: list[str], rows: list[str]) -> None:
         places = [(row, vector) for vector in range(VECTORS) for row in rows]
         sums = {at: self.variable(FLOATS, "zeroinitializer") for at in places}
         with self.loop("0", self.groups) as group:
@@ -486,7 +521,7 @@ class _Codes(_Product):
             begin = self.times(group, self.given["group"])
             of_x = {row: self.add(self.times(self.groups, row), group) for row in rows}
             start = {
-                row: self.spread("i32", self.load("i32", self.at(self.start, "i32", of_x[row])))
+                row: self.spread("i32", self.load("i32", self.at(self.given["start"], "i32", of_x[row])))
                 for row in rows
             }
             low = {(row, v): self.variable(WORDS, start[row]) for row, v in places}
@@ -495,12 +530,14 @@ class _Codes(_Product):
                 numbers = self._numbers(place)
                 for row in rows:
                     here = self.x_at(row, column)
-                    for codes, parts in ((self.high, high), (self.low, low)):
-                        x = self.four_bytes(self.at(codes, "i8", here), BYTES)
+                    for name, parts in (("codes", high), ("low", low)):
+                        x = self.four_bytes(self.at(self.given[name], "i8", here), BYTES)
                         for vector, number in enumerate(numbers):
                             self.dot(parts[row, vector], number, x)
             for row in rows:
-                worth = self.spread("float", self.load("float", self.at(self.worth, "float", of_x[row])))
+                worth = self.spread(
+                    "float", self.load("float", self.at(self.given["worth"], "float", of_x[row]))
+                )
                 for vector in range(VECTORS):
                     at = row, vector
                     whole = self.let(f"shl {WORDS} {self.load(WORDS, high[at])}, {_same('i32', 8, LANES)}")
@@ -539,10 +576,11 @@ class _Codes(_Product):
         self.do(f"store {FLOATS} {self.fma(number, worth, before)}, ptr {sums}")
 
 
+PLUS: dict[Kind, int] = {"int4": ZERO_4, "int4 groups": ZERO_4, "int8": ZERO}
 PRODUCTS: dict[Kind, type[_Product]] = {
     "int4": _Codes, "int4 groups": _Codes, "int8": _Codes, "int8 dynamic": _Dynamic, "bf16": _Float,
 }  # fmt: skip
-OTHERS: dict[str, type[_Kernel]] = {"encode": _Encode, "scale": _Scale, "norm": _Norm}
+OTHERS: dict[str, type[_Kernel]] = {"encode": _Encode, "encode 16": _Encode16, "scale": _Scale, "norm": _Norm}
 
 
 class Kernels:
@@ -568,7 +606,7 @@ class Kernels:
         bias: Tensor | None,
         group: int = 1,
     ) -> Tensor:
-        """(n, in) -> (n, out) in the dtype of x, n up to MOST_ROWS. Nothing is checked here: see `serve`.
+        """(n, in) -> (n, out) in the dtype of x; bf16 only up to MOST_ROWS. Nothing is checked here: see `serve`.
 
         weight  address of the weight's tiles: "bf16" and "int8 dynamic" `in_tiles`, the others `codes_in_tiles`
         rows    of the weight, out
@@ -579,21 +617,52 @@ class Kernels:
         """
         n, columns = x.shape
         x = x.contiguous()
-        out = x.new_empty(n, rows)
         bias = _zeros(rows, x.dtype) if bias is None else bias.to(x.dtype)
+        coded: tuple[Tensor, ...] = ()
+        count = parts = 0
+        out = x.new_empty(n, rows)
+        if n <= MOST_ROWS:
+            count = n
+        else:
+            parts = -(-n // AT_ONCE[kind])
+            padded = parts * AT_ONCE[kind]  # what stands in rows behind the last one is computed and left out
+            out = x.new_empty(padded, rows)
+            coded = (
+                self.encode(x, padded) if kind == "int8 dynamic" else self._encode_16(kind, x, group, padded)
+            )
         self._run(
-            self._made.get((kind, n, x.dtype)) or self._make(kind, n, x.dtype),
+            self._made.get((kind, count, x.dtype)) or self._make(kind, count, x.dtype),
             x.data_ptr(), weight, 0 if scale is None else scale.data_ptr(), 0 if sums is None else sums.data_ptr(),
-            bias.data_ptr(), out.data_ptr(), rows // TILE, columns, group,
+            bias.data_ptr(), out.data_ptr(), rows // TILE, columns, group, parts, *self._fields(kind, coded),
         )  # fmt: skip
-        return out
+        return out[:n]
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes around ZERO of (n, in), uint8, and what one is worth in each row, fp32 (n, 1); in a multiple of 16."""
+    @staticmethod
+    def _fields(kind: Kind, coded: tuple[Tensor, ...]) -> list[int]:
+        """Addresses of codes, low bytes, worths and starts."""
+        found = [one.data_ptr() for one in coded] or [0] * 4
+        return found if len(found) == 4 else [found[0], 0, found[1], 0]
+
+    def _encode_16(self, kind: Kind, x: Tensor, group: int, rows: int) -> tuple[Tensor, ...]:
+        n, columns = x.shape
+        groups = columns // group
+        codes = x.new_empty(rows, columns, dtype=torch.int8)
+        worth = x.new_empty(rows, groups, dtype=torch.float32)
+        given = (codes, torch.empty_like(codes), worth, torch.empty_like(worth, dtype=torch.int32))
+        made = self._made.get(("encode 16", 0, x.dtype)) or self._make("encode 16", 0, x.dtype)
+        minus = -PLUS[kind] % (1 << 64)
+        self._run(made, x.data_ptr(), *(one.data_ptr() for one in given), n * groups, group, minus)
+        return given
+
+    def encode(self, x: Tensor, rows: int = 0) -> tuple[Tensor, Tensor]:
+        """Codes around ZERO of (n, in), uint8, and what one is worth in each row, fp32 (n, 1); in a multiple of 16.
+
+        rows   of what is returned, where that is more than n; those behind the last one are not set
+        """
         n, columns = x.shape
         x = x.contiguous()
-        codes = x.new_empty(n, columns, dtype=torch.uint8)
-        worth = x.new_empty(n, 1, dtype=torch.float32)
+        codes = x.new_empty(max(n, rows), columns, dtype=torch.uint8)
+        worth = x.new_empty(max(n, rows), 1, dtype=torch.float32)
         made = self._made.get(("encode", 0, x.dtype)) or self._make("encode", 0, x.dtype)
         self._run(made, x.data_ptr(), codes.data_ptr(), worth.data_ptr(), n, columns)
         return codes, worth
@@ -619,11 +688,10 @@ class Kernels:
 
     def make(self, kind: Kind, dtype: torch.dtype) -> None:
         """Compile those of a kind for every number of rows now, so that no answer waits: 0.2 to 0.5 s."""
-        for rows in range(1, MOST_ROWS + 1):
+        for rows in range(kind == "bf16", MOST_ROWS + 1):
             self._make(kind, rows, dtype)
-        if kind == "int8 dynamic":
-            self._make("encode", 0, dtype)
-            self._make("scale", 0, dtype)
+        for name in {"bf16": (), "int8 dynamic": ("encode", "scale")}.get(kind, ("encode 16",)):
+            self._make(name, 0, dtype)
 
     def _run(self, made: int, *given: int, threads: int = 0) -> None:
         fields = (ctypes.c_uint64 * len(given))(*given)

@@ -33,8 +33,9 @@ LARGEST = {8: 127, 4: 7}
 # Up to so many rows of bf16 the packed kernels beat expanding the codes block by block and an ordinary product; they
 # get slower in proportion to the rows. Measured on one core of an EPYC with AVX512-BF16, layers of 4096 x 4096.
 FEW_ROWS = {8: 10, 4: 40}
-# The compiled kernels are faster than expanding the codes for at least so many.
-COMPILED_ROWS = 512
+# The compiled kernels are twice as fast as expanding the codes for at least so many. Where torch multiplies bf16 with AMX
+# it does so eight times as fast as without, so a step of a few streams is left to them (by that factor, not measured).
+COMPILED_ROWS, COMPILED_ROWS_AMX = 512, 32
 # Codes expanded at a time: on the CPU the floats have to stay in the cache until they are multiplied.
 BLOCK_CODES = {"cpu": 1 << 20}
 BLOCK_CODES_ELSEWHERE = 1 << 26
@@ -282,7 +283,9 @@ class RowwiseLinear(_Rowwise):
 
     def _few_rows(self) -> int:
         """Up to how many rows of bf16 a kernel for few rows serves on a CPU."""
-        return COMPILED_ROWS if self._own() else FEW_ROWS[self.bits]
+        if self._own():
+            return COMPILED_ROWS_AMX if amx() else COMPILED_ROWS
+        return FEW_ROWS[self.bits]
 
     def _kernel_serves(self, x: Tensor) -> bool:
         if x.dtype != torch.bfloat16 or x.device.type != "cpu" or not 0 < x.shape[0] <= self._few_rows():
@@ -314,15 +317,8 @@ class RowwiseLinear(_Rowwise):
 
     def _by_own(self, own: kernels.Kernels, x: Tensor) -> Tensor:
         """The whole layer's output."""
-        return self._in_parts(own, x, self.weight_scale.detach().float(), _group(self.in_features))
-
-    def _in_parts(self, own: kernels.Kernels, x: Tensor, scale: Tensor, group: int) -> Tensor:
-        weight = self.weight.data_ptr()
-        parts = [
-            own(self._kind, part, weight, self.out_features, scale, None, self.bias, group)
-            for part in x.chunk(-(-len(x) // kernels.MOST_ROWS))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        scale, group = self.weight_scale.detach().float(), _group(self.in_features)
+        return own(self._kind, x, self.weight.data_ptr(), self.out_features, scale, None, self.bias, group)
 
     def _by_kernel(self, x: Tensor) -> Tensor:
         weight = self.weight.detach()
@@ -673,6 +669,12 @@ def _trial(bits: int) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.zeros(2, 64, dtype=torch.bfloat16)
     x[0, 5], x[1, 62] = 1, -1
     return x, codes, (x.float() @ codes.float().t())
+
+
+@lru_cache(maxsize=1)
+def amx() -> bool:
+    """Whether torch multiplies bf16 and 8 bits with AMX here."""
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)())
 
 
 @lru_cache(maxsize=1)

@@ -6,15 +6,17 @@
 Two programs at a time, each in a process of its own with its model in memory, take turns; every ratio is the median
 over the rounds, with a probe of the read bandwidth before and after, because the memory bus of shared machines has
 more than one speed. The peers come from `pip install llama-cpp-python gguf chatglm-cpp` (a C++ compiler builds them;
-`--peers PYTHON` names the interpreter that has them); without them their lines are left out. Speed only: random
-weights say nothing about answers.
+`--peers PYTHON` names the interpreter that has them); without them their lines are left out. The released code's way to
+multiply is compiled with `cc`, where there is one. Speed only: random weights say nothing about answers.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,10 +34,28 @@ SHAPE = {
     "multi_query_group_num": 2, "kv_channels": 128, "layernorm_epsilon": 1e-5, "seq_length": 32768,
 }  # fmt: skip
 PAST = {1: 64, 8: 32, 32: 16}  # tokens of a stream before the measured ones; llama.cpp needs long for more
-# The released code multiplies INT8 and INT4 on a CPU by expanding them to fp32 in a compiled kernel. Tokens per second
-# of its kernel on the four layer shapes times 28, on 2 cores of an EPYC of the Zen 5 kind; the higher of the two seen.
-# Not of this run: on a slower processor the ratio is less than it would be beside the kernel itself.
-RELEASED = {"int8": 0.56, "int4": 0.52}
+# How the released code multiplies INT8 and INT4 on a CPU: a kernel of this kind, built by the system's C compiler with
+# these flags, expands a weight to fp32 in memory, which torch then multiplies.
+EXPAND = """
+#include <stdint.h>
+void int8(const int8_t *codes, const float *scale, float *out, long rows, long bytes) {
+    #pragma omp parallel for
+    for (long r = 0; r < rows; r++)
+        for (long c = 0; c < bytes; c++) out[r * bytes + c] = codes[r * bytes + c] * scale[r];
+}
+void int4(const int8_t *codes, const float *scale, float *out, long rows, long bytes) {
+    #pragma omp parallel for
+    for (long r = 0; r < rows; r++)
+        for (long c = 0; c < bytes; c++) {
+            int8_t two = codes[r * bytes + c];
+            out[2 * (r * bytes + c)] = (two >> 4) * scale[r];
+            out[2 * (r * bytes + c) + 1] = ((int8_t)(two << 4) >> 4) * scale[r];
+        }
+}
+"""
+# With two libraries of OpenMP in one process neither may wait actively for its next work.
+ENVIRONMENT = {"released": {"OMP_WAIT_POLICY": "PASSIVE"}}
+FLAGS = ("-O3", "-fPIC", "-pthread", "-fopenmp", "-std=c99", "-shared")
 
 
 # ---- our side --------------------------------------------------------------------------------------------------
@@ -99,6 +119,43 @@ class Ours:
         return {"naive": naive, "scored": scored}
 
 
+class Released:
+    """The linear layers of one decoder layer, computed as the released code does on a CPU; nothing else of a model."""
+
+    def __init__(self, level: str, shape: dict[str, Any], threads: int) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.torch, self.layers = torch, shape["num_layers"]
+        with tempfile.TemporaryDirectory() as folder:
+            source, library = Path(folder, "expand.c"), Path(folder, "expand.so")
+            source.write_text(EXPAND)
+            subprocess.run(["cc", *FLAGS, str(source), "-o", str(library)], check=True)
+            self.expand = getattr(ctypes.CDLL(str(library)), level)
+        self.expand.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 2
+        wide, inner = shape["hidden_size"], shape["ffn_hidden_size"]
+        qkv = wide + 2 * shape["multi_query_group_num"] * shape["kv_channels"]
+        self.weights = []
+        for rows, columns in ((qkv, wide), (wide, wide), (2 * inner, wide), (wide, inner)):
+            stored = columns if level == "int8" else columns // 2
+            codes = torch.randint(-128, 128, (rows, stored), dtype=torch.int8)
+            self.weights.append((codes, torch.full((rows,), 2e-4), torch.randn(1, columns)))
+        self.space = torch.empty(2 * inner * wide)
+
+    def decode(self, streams: int, past: int, steps: int) -> list[float]:
+        """Seconds of each step, of one layer times all of them."""
+        taken = []
+        for _ in range(steps):
+            started = time.perf_counter()
+            for codes, scale, x in self.weights:
+                rows, columns = len(codes), x.shape[1]
+                floats = self.space[: rows * columns].view(rows, columns)
+                self.expand(codes.data_ptr(), scale.data_ptr(), floats.data_ptr(), *codes.shape)
+                x.mm(floats.t())
+            taken.append((time.perf_counter() - started) * self.layers)
+        return taken
+
+
 def random_model(level: str, shape: dict[str, Any]) -> Any:
     """ChatGLM2 of this shape with random weights, made in the level's own format."""
     import torch
@@ -146,8 +203,8 @@ def work(name: str, file: str, shape: dict[str, Any], threads: int, streams: int
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # the peers print to standard output
     program, _, level = name.partition(":")
-    if program == "ours":
-        made: Any = Ours(level, shape, threads)
+    if program in ("ours", "released"):
+        made: Any = {"ours": Ours, "released": Released}[program](level, shape, threads)
     else:
         import shape_peers
 
@@ -165,9 +222,9 @@ class Worker:
 
     def __init__(self, name: str, options: argparse.Namespace, streams: int) -> None:
         self.name = name
-        program = name.partition(":")[0]
-        python = sys.executable if program == "ours" else options.peers
-        file = "" if program == "ours" else str(peer_file(name, options))
+        own = name.partition(":")[0] in ("ours", "released")
+        python = sys.executable if own else options.peers
+        file = "" if own else str(peer_file(name, options))
         given = ["--worker", name, "--file", file, "--layers", options.layers, "--threads", options.threads]
         command = [python, __file__, *map(str, given), "--streams", str(streams)]
         self.process = subprocess.Popen(
@@ -176,7 +233,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=options.log,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
+            env=os.environ
+            | {"OMP_NUM_THREADS": str(options.threads)}
+            | ENVIRONMENT.get(name.partition(":")[0], {}),
         )
         self._answer()
 
@@ -272,9 +331,11 @@ DUELS = (
     Duel("int8", "int8-dynamic", "chatglm.cpp:q8_0", (("prefill 512", 7.0), ("1 stream", 1.05))),
     Duel("int4", "int4", "chatglm.cpp:q4_0", (("1 stream", 1.2),)),
     Duel("int4", "int4", "llama.cpp:q4_0", (("1 stream", 0.9),)),
+    Duel("released", "int8-dynamic", "released:int8", (("1 stream", 10.0),)),
+    Duel("released", "int4", "released:int4", (("1 stream", 10.0),)),
     Duel("exact", "int8", "llama.cpp:q8_0", (("prefill 512", None), ("1 stream", None), ("8 streams", None))),
 )  # fmt: skip
-GROUPS = ("bf16", "int8", "int4", "exact", "labels")
+GROUPS = ("bf16", "int8", "int4", "exact", "released", "labels")
 LABELS = "int8-dynamic"
 ROOFLINE = {"bf16": 0.8, "int4": 0.7}
 
@@ -324,13 +385,6 @@ def duel(ours: Worker, one: Duel, options: argparse.Namespace) -> None:
                 print(
                     f"{one.level:13} / read bandwidth    1 stream     x {share:.2f}{verdict(share, needed)}"
                 )
-                if one.level in ("int4", "int8-dynamic"):
-                    base = one.level.split("-")[0]
-                    whole = mine * (options.layers / SHAPE["num_layers"])
-                    times = whole / RELEASED[base]
-                    print(
-                        f"{one.level:13} / released {base} code, noted elsewhere, 1 stream     x {times:.1f}{verdict(times, 10)}"
-                    )
     finally:
         other.close()
 
@@ -374,14 +428,15 @@ def main() -> None:
         options.files = options.files or Path(folder)
         options.files.mkdir(parents=True, exist_ok=True)
         options.log = options.keep_log.open("w") if options.keep_log else subprocess.DEVNULL
-        there = {"ours"} | {
+        there = {"ours"} | ({"released"} if shutil.which("cc") else set())
+        there |= {
             name
             for name, needs in (("llama.cpp", ("llama_cpp", "gguf")), ("chatglm.cpp", ("chatglm_cpp",)))
             if all(has(options.peers, module) for module in needs)
         }
         print(
             f"ChatGLM2-6B shape, {options.layers} layers, {options.threads} threads; medians of {options.rounds} rounds; "
-            f"beside: {', '.join(sorted(there - {'ours'})) or 'no other program installed'}"
+            f"beside: {', '.join(sorted(there - {'ours', 'released'})) or 'no other program installed'}"
         )
         wanted = options.only or GROUPS
         duels = [one for one in DUELS if one.group in wanted and one.peer.partition(":")[0] in there]

@@ -207,7 +207,7 @@ def _kernels(problems: Problems) -> Section:
 
     found: Section = {
         "torch": "used on every device; no compiler of the system is ever called",
-        "few_rows": f"on this processor {kernels.state()}",
+        "products": f"of few rows and of INT8 and INT4, on this processor: {kernels.state()}",
     }
     usable, why = False, ""
     try:

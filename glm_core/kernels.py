@@ -1,22 +1,23 @@
-"""Products of a few rows with a large weight, written for LLVM and compiled for this processor when first needed.
+"""Products with a large weight, written for LLVM and compiled for this processor when first needed.
 
 A step of a chat reads every weight once and computes little with it, so its time is that of reading memory, unless the
-product itself is slow: torch's INT4 kernel takes 1.7 times as long as reading its weight does (Zen 4), oneDNN's
-products with one row a third more. Nothing is kept twice: bf16 and INT8 with
-dynamic activations are read in the layout of oneDNN, which goes on to serve many rows; the others have one of their own. Beside them: RMSNorm, and the 8-bit codes of activations and what is made of
-their sums, for any number of rows; torch takes several passes for each.
+product itself is slow. torch's INT4 kernel takes twice that time, oneDNN's product of one row in bf16 a half more; and to
+expand codes for a long prompt costs more than the prompt. Each of these kernels is near one of the two limits. bf16 and
+INT8 with dynamic activations are read in the layout of oneDNN, which goes on to serve many rows; the others have a layout
+of their own, so nothing is kept twice. Beside them: RMSNorm, and the 8-bit codes of activations and what is made of their
+sums, for which torch takes several passes.
 
 A weight stands in tiles of 64 rows. Of each, step by step along the columns, there are 4 bytes of each row: two columns
-in bf16, four in 8 bits, as oneDNN has them, or four with 4 bits, the codes of rows r and r + 32 in a byte. A tile's rows
-are the lanes of four registers, and four bytes of x are multiplied with all.
+in bf16, four in 8 bits, or four with 4 bits, the codes of rows r and r + 32 in a byte. A tile's rows are the lanes of
+four registers, and four bytes of x are multiplied with all.
 
-Codes are multiplied as whole numbers, with x in 16 bits: of each group of columns in a row, x is rounded to
-+-32639 times what one is worth there, 1/65278 of the group's largest number at most, and its high and low byte are
-multiplied one after the other. That is finer than bf16 (1/512 of a number), and takes 7 instructions for 128 codes of
-INT4 where expanding them to bf16 took 12. With dynamic activations, x has 8 bits for a whole row.
+Codes are multiplied as whole numbers with x in 16 bits: of each group of columns in a row, x is rounded to a multiple of
+1/32639 of its largest number there, and its high and low byte are multiplied one after the other. That is finer than
+bf16, and takes 7 instructions for 128 codes of INT4, where expanding them to bf16 takes 12. With dynamic activations, x
+has 8 bits for a whole row.
 
-They need AVX-512 with bf16, VNNI and VBMI (Zen 4, Sapphire Rapids, and later), Linux, torch's OpenMP (its threads compute
-here as well) and the package llvmlite; elsewhere `kernels()` is None and torch computes as always.
+They need AVX-512 with bf16 and VNNI (Zen 4, Sapphire Rapids, and later), Linux, torch's OpenMP (its threads compute here
+as well) and the package llvmlite; elsewhere `kernels()` is None and torch computes as always.
 """
 
 from __future__ import annotations
@@ -43,10 +44,10 @@ Kind = Literal["int4", "int4 groups", "int8", "int8 dynamic", "bf16"]
 TILE = 64  # rows of a weight that are computed together
 LANES = 16  # of a register
 VECTORS = TILE // LANES
-AHEAD = 4096  # bytes of the weight that are asked for before they are needed; processors stop doing so at pages' ends
+AHEAD = 4096  # bytes of the weight that are asked for early: what the processor does by itself ends with each page
 # Rows of x that the 32 registers have room for; with more a product is computed in parts.
 AT_ONCE: dict[Kind, int] = {"int4": 3, "int4 groups": 3, "int8": 3, "int8 dynamic": 6, "bf16": 6}
-FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vnni", "avx512vbmi")
+FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vnni")
 MOST_ROWS = 8  # up to which every thread codes x for itself
 LEAST_BYTES = 2 << 20  # of a weight; of a smaller one caches hide what torch's kernels lose
 ALONE = 1 << 15  # numbers up to which one thread normalizes them sooner than it could wake another

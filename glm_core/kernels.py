@@ -4,8 +4,8 @@ A step of a chat reads every weight once and computes little with it, so its tim
 product itself is slow. torch's INT4 kernel takes twice that time, oneDNN's product of one row in bf16 a half more; and to
 expand codes for a long prompt costs more than the prompt. Each of these kernels is near one of the two limits. bf16 and
 INT8 with dynamic activations are read in the layout of oneDNN, which goes on to serve many rows; the others have a layout
-of their own, so nothing is kept twice. Beside them: RMSNorm, and the 8-bit codes of activations and what is made of their
-sums, for which torch takes several passes.
+of their own, so nothing is kept twice. Beside them: RMSNorm, the codes of weights, and the 8-bit codes of activations and what is
+made of their sums, for which torch takes several passes.
 
 A weight stands in tiles of 64 rows. Of each, step by step along the columns, there are 4 bytes of each row: two columns
 in bf16, four in 8 bits, or four with 4 bits, the codes of rows r and r + 32 in a byte. A tile's rows are the lanes of
@@ -48,6 +48,7 @@ AHEAD = 4096  # bytes of the weight that are asked for early: what the processor
 # Rows of x that the 32 registers have room for; with more a product is computed in parts.
 AT_ONCE: dict[Kind, int] = {"int4": 3, "int4 groups": 3, "int8": 3, "int8 dynamic": 6, "bf16": 6}
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vnni")
+QUANTIZED_FROM = (torch.bfloat16, torch.float16, torch.float32)
 MOST_ROWS = 8  # up to which every thread codes x for itself
 LEAST_BYTES = 2 << 20  # of a weight; of a smaller one caches hide what torch's kernels lose
 ALONE = 1 << 15  # numbers up to which one thread normalizes them sooner than it could wake another
@@ -154,6 +155,8 @@ declare {FLOATS} @llvm.maximum.v{LANES}f32({FLOATS}, {FLOATS})
 declare float @llvm.sqrt.f32(float)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare float @llvm.vector.reduce.fadd.v{LANES}f32(float, {FLOATS})
+declare {WORDS} @llvm.smax.v{LANES}i32({WORDS}, {WORDS})
+declare {WORDS} @llvm.smin.v{LANES}i32({WORDS}, {WORDS})
 declare i32 @llvm.vector.reduce.add.v{LANES}i32({WORDS})
 declare float @llvm.vector.reduce.fmaximum.v{LANES}f32({FLOATS})
 declare i32 @omp_get_thread_num()
@@ -169,8 +172,8 @@ class _Kernel(_Code):
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.bf16 = dtype == torch.bfloat16
-        self.kind_of_x = "bfloat" if self.bf16 else "float"
+        self.bf16, self.half = dtype == torch.bfloat16, dtype == torch.float16
+        self.kind_of_x = "bfloat" if self.bf16 else "half" if self.half else "float"
         self.given: dict[str, str] = {}
 
     def text(self) -> str:
@@ -196,6 +199,8 @@ class _Kernel(_Code):
 
     def floats(self, place: str) -> str:
         """16 numbers in the dtype of x as fp32."""
+        if self.half:
+            return self.let(f"fpext <{LANES} x half> {self.load(f'<{LANES} x half>', place)} to {FLOATS}")
         if not self.bf16:
             return self.load(FLOATS, place)
         words = self.let(f"zext <{LANES} x i16> {self.load(f'<{LANES} x i16>', place)} to {WORDS}")
@@ -350,6 +355,69 @@ class _Norm(_Kernel):
                 number = self.let(f"fmul {FLOATS} {number}, {factor}")
                 weight = self.floats(self.at(self.given["weight"], self.kind_of_x, column))
                 self.put(self.let(f"fmul {FLOATS} {number}, {weight}"), self.at(out, self.kind_of_x, column))
+
+
+class _Quantize(_Kernel):
+    """Codes and scales of a weight's rows, in the released layout and rounded as there: see `quantize_weight`."""
+
+    fields = ("x", "codes", "scale", "rows", "columns", "bits")
+    numbers = ("rows", "columns", "bits")
+    bits = 8
+
+    def body(self) -> None:
+        half, columns = f"<{LANES} x half>", self.given["columns"]
+        largest = (1 << self.bits - 1) - 1
+
+        def rounded(numbers: str) -> str:
+            """To fp16 and back."""
+            return self.let(f"fpext {half} {self.let(f'fptrunc {FLOATS} {numbers} to {half}')} to {FLOATS}")
+
+        first, last = self.share(self.given["rows"])
+        with self.loop(first, last) as row:
+            x = self.at(self.given["x"], self.kind_of_x, self.times(row, columns))
+            most = self.spread("float", self.largest(x, columns, 0.0))
+            size = self.let(f"fdiv {FLOATS} {rounded(most)}, {_same('float', _float(largest), LANES)}")
+            size = rounded(size)
+            scale = self.let(f"extractelement {FLOATS} {size}, i32 0")
+            scale = self.let(f"fptrunc float {scale} to half")
+            self.do(f"store half {scale}, ptr {self.at(self.given['scale'], 'half', row)}")
+            none = self.let(f"fcmp oeq {FLOATS} {size}, zeroinitializer")
+            ones = _same("float", _float(1), LANES)
+            divisor = self.let(f"select <{LANES} x i1> {none}, {FLOATS} {ones}, {FLOATS} {size}")
+            codes = self.let(f"udiv i64 {columns}, {8 // self.bits}")
+            codes = self.at(self.given["codes"], "i8", self.times(row, codes))
+            with self.loop("0", columns, LANES) as column:
+                number = rounded(self.floats(self.at(x, self.kind_of_x, column)))
+                number = rounded(self.let(f"fdiv {FLOATS} {number}, {divisor}"))
+                number = self.call(FLOATS, f"llvm.rint.v{LANES}f32", f"{FLOATS} {number}")
+                code = self.let(f"fptosi {FLOATS} {number} to {WORDS}")
+                for name, bound in (("smax", -largest), ("smin", largest)):
+                    both = f"{WORDS} {code}", f"{WORDS} {_same('i32', bound, LANES)}"
+                    code = self.call(WORDS, f"llvm.{name}.v{LANES}i32", *both)
+                self._store(code, codes, column)
+
+    def _store(self, code: str, codes: str, column: str) -> None:
+        code = self.let(f"trunc {WORDS} {code} to <{LANES} x i8>")
+        self.do(f"store <{LANES} x i8> {code}, ptr {self.at(codes, 'i8', column)}, align 1")
+
+
+class _Quantize4(_Quantize):
+    """To 4 bits: of two neighbouring columns the even one is the high half of a byte."""
+
+    bits = 4
+
+    def _store(self, code: str, codes: str, column: str) -> None:
+        short = f"<{LANES // 2} x i32>"
+        two = [
+            self.let(f"shufflevector {WORDS} {code}, {WORDS} poison, {short} <{lanes}>")
+            for lanes in (", ".join(f"i32 {lane}" for lane in range(first, LANES, 2)) for first in (0, 1))
+        ]
+        high = self.let(f"shl {short} {two[0]}, {_same('i32', 4, LANES // 2)}")
+        low = self.let(f"and {short} {two[1]}, {_same('i32', 15, LANES // 2)}")
+        bytes_ = f"<{LANES // 2} x i8>"
+        both = self.let(f"trunc {short} {self.let(f'or {short} {high}, {low}')} to {bytes_}")
+        place = self.let(f"lshr i64 {column}, 1")
+        self.do(f"store {bytes_} {both}, ptr {self.at(codes, 'i8', place)}, align 1")
 
 
 class _Product(_Kernel):
@@ -581,7 +649,14 @@ PLUS: dict[Kind, int] = {"int4": ZERO_4, "int4 groups": ZERO_4, "int8": ZERO}
 PRODUCTS: dict[Kind, type[_Product]] = {
     "int4": _Codes, "int4 groups": _Codes, "int8": _Codes, "int8 dynamic": _Dynamic, "bf16": _Float,
 }  # fmt: skip
-OTHERS: dict[str, type[_Kernel]] = {"encode": _Encode, "encode 16": _Encode16, "scale": _Scale, "norm": _Norm}
+OTHERS: dict[str, type[_Kernel]] = {
+    "quantize 8": _Quantize,
+    "quantize 4": _Quantize4,
+    "encode": _Encode,
+    "encode 16": _Encode16,
+    "scale": _Scale,
+    "norm": _Norm,
+}
 
 
 class Kernels:
@@ -675,6 +750,17 @@ class Kernels:
         made = self._made.get(("scale", 0, out.dtype)) or self._make("scale", 0, out.dtype)
         self._run(made, sums.data_ptr(), worth.data_ptr(), bias.data_ptr(), out.data_ptr(), n, columns)
 
+    def quantize(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """As `quantization.quantize_weight`, of a weight in bf16, fp16 or fp32 with a multiple of 16 columns."""
+        weight = weight.detach().contiguous()
+        rows, columns = weight.shape
+        codes = weight.new_empty(rows, columns * bits // 8, dtype=torch.int8)
+        scale = weight.new_empty(rows, dtype=torch.float16)
+        name = f"quantize {bits}"
+        made = self._made.get((name, 0, weight.dtype)) or self._make(name, 0, weight.dtype)
+        self._run(made, weight.data_ptr(), codes.data_ptr(), scale.data_ptr(), rows, columns, bits)
+        return codes, scale
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm (Zhang and Sennrich 2019) of (..., columns), a multiple of 16; the weight has the dtype of x."""
         x = x.contiguous()
@@ -759,6 +845,8 @@ def _try() -> tuple[Kernels | None, str]:
         wrong: list[str] = [kind for kind in AT_ONCE if not _computes(found, kind)]
         if not _normalizes(found):
             wrong.append("norm")
+        if not _quantizes(found):
+            wrong.append("codes")
     except _Missing as error:
         return None, str(error)
     except Exception as error:  # of a library in another version than the one that was tried
@@ -776,12 +864,16 @@ def _computes(found: Kernels, kind: Kind) -> bool:
     expected = x @ codes.t() + bias
     scale = sums = None
     if kind == "bf16":
-        weight = in_tiles(codes.bfloat16(), 2)
+        weight = in_tiles(codes.bfloat16())
     elif kind == "int8 dynamic":
-        weight, scale = in_tiles(codes.to(torch.int8), 4), torch.ones(2 * TILE)
+        weight, scale = in_tiles(codes.to(torch.int8)), torch.ones(2 * TILE)
         sums = codes.sum(-1, dtype=torch.int32) * -ZERO
     else:
-        weight, scale = codes_in_tiles(codes.to(torch.int8), 8 if kind == "int8" else 4), torch.ones(2 * TILE)
+        stored, scale = codes.to(torch.int8), torch.ones(2 * TILE)
+        if kind == "int8":
+            weight = codes_in_tiles(stored, 8)
+        else:
+            weight = codes_in_tiles(stored[:, 0::2] << 4 | stored[:, 1::2] & 15, 4)
         if kind == "int4 groups":
             pairs = torch.tensor([[[2.0, 3.0]], [[0.5, -1.0]]]).expand(2, 2 * TILE, 2)
             scale = pairs.bfloat16().contiguous()
@@ -807,23 +899,45 @@ def _normalizes(found: Kernels) -> bool:
     )
 
 
-def in_tiles(weight: Tensor, step: int) -> Tensor:
-    """(out, in) as oneDNN keeps it for these kernels: by tile and step, each row's numbers of a step side by side."""
-    rows, columns = weight.shape
-    return weight.view(rows // TILE, TILE, columns // step, step).transpose(1, 2).contiguous()
+def _quantizes(found: Kernels) -> bool:
+    """Whether whole numbers are their own codes, halves go to the even one, and a row of zeros gets the scale 0."""
+    weight = torch.arange(4 * 32).remainder(15).sub(7).view(4, 32) / torch.tensor([[1], [1], [2], [4]])
+    weight[0, :4] = torch.tensor([7.0, 2.5, 3.5, -2.5])
+    weight[1] = 0
+    weight[2:, 0] = torch.tensor([3.5, 1.75])
+    expected = weight * torch.tensor([[1], [1], [2], [4]])
+    expected[0, 1:4] = torch.tensor([2.0, 4.0, -2.0])
+    scale = torch.tensor([1, 0, 0.5, 0.25]).half()
+    for dtype in QUANTIZED_FROM:
+        codes, found_scale = found.quantize(weight.to(dtype), 4)
+        high, low = codes >> 4, (codes << 4) >> 4
+        right = torch.equal(torch.stack((high, low), -1).flatten(1).float(), expected)
+        if not right or not torch.equal(found_scale, scale):
+            return False
+    return True
 
 
-def codes_in_tiles(codes: Tensor, bits: int) -> Tensor:
-    """int8 codes (out, in) of 8 or 4 bits plus 128 or 8: uint8 (out, in * bits / 8), whose rows and columns mean nothing.
+def in_tiles(weight: Tensor) -> Tensor:
+    """(out, in) as oneDNN keeps it for these kernels: by tile and step, each row's four bytes side by side."""
+    four = weight.contiguous().view(torch.int32)
+    return four.view(-1, TILE, four.shape[1]).transpose(1, 2).contiguous().view(weight.dtype)
+
+
+def codes_in_tiles(stored: Tensor, bits: int) -> Tensor:
+    """Codes in the released layout plus 128 or 8: uint8 of that shape, whose rows and columns mean nothing.
 
     By tile and step of four columns, each row has four bytes; with 4 bits rows 0 to 31, row 32 further in their high
     halves.
     """
-    rows, columns = codes.shape
     if bits == 8:
-        return (in_tiles(codes, 4).view(torch.uint8) ^ ZERO).view(rows, columns)
-    four = (codes + ZERO_4).to(torch.uint8).view(rows // TILE, 2, TILE // 2, columns // 4, 4)
-    return (four[:, 0] | four[:, 1] << 4).transpose(1, 2).reshape(rows, columns // 2)
+        return (in_tiles(stored).view(torch.uint8) ^ ZERO).view(stored.shape)
+    plus = stored.view(torch.uint8) ^ (
+        ZERO_4 << 4 | ZERO_4
+    )  # adds 8 to both codes of a byte, in two's complement
+    low, high = plus.view(-1, 2, TILE // 2, stored.shape[1]).unbind(1)
+    even, odd = (low >> 4) | (high & 0xF0), (low & 0x0F) | (high << 4)
+    four = torch.stack((even, odd), -1).flatten(2).view(torch.int32)
+    return four.transpose(1, 2).contiguous().view(torch.uint8).view(stored.shape)
 
 
 def codes_of_tiles(stored: Tensor, bits: int, out: Tensor) -> None:

@@ -444,7 +444,7 @@ def in_tiles(kind: Literal["bf16", "int8 dynamic"], packed: Tensor, weight: Tens
         place = torch.ops.mkldnn.data_ptr(packed) + tile * size
         found = torch.frombuffer((ctypes.c_char * size).from_address(place), dtype=weight.dtype)
         plain = weight[tile * TILE : (tile + 1) * TILE].detach()
-        if not torch.equal(found, kernels.in_tiles(plain, 4 // weight.itemsize).view(-1)):
+        if not torch.equal(found, kernels.in_tiles(plain).view(-1)):
             return False
     return True
 

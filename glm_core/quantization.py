@@ -78,17 +78,18 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     _check_bits(bits)
     rows, columns = weight.shape
     largest = LARGEST[bits]
+    wide = columns and columns % kernels.LANES == 0 and weight.dtype in kernels.QUANTIZED_FROM
+    if wide and weight.device.type == "cpu" and (own := kernels.kernels()):
+        stored, scale = own.quantize(weight, bits)
+        _check_finite(weight, scale)
+        return stored, scale
     stored = torch.empty(rows, columns if bits == 8 else columns // 2, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows, dtype=torch.float16, device=weight.device)
     step = max(1, (1 << 22) // max(columns, 1))  # keeps the temporaries at a few MB
     for start in range(0, rows, step):
         part = weight.detach()[start : start + step].half()
         top = part.abs().amax(dim=1)
-        if not bool(top.isfinite().all()):
-            raise GLMError(
-                f"The weight has values up to {float(weight.detach().abs().max()):g}, which fp16 cannot hold.",
-                "Quantize a checkpoint with finite weights below 65,504.",
-            )
+        _check_finite(weight, top)
         # A tensor as divisor: CUDA would turn a plain number into a multiplication by its reciprocal.
         size = top / torch.full_like(top, largest)
         divisor = torch.where(size == 0, 1, size)[:, None]
@@ -97,6 +98,14 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         stored[start : start + step] = codes if bits == 8 else pack_int4(codes)
         scale[start : start + step] = size
     return stored, scale
+
+
+def _check_finite(weight: Tensor, largest: Tensor) -> None:
+    if not bool(largest.isfinite().all()):
+        raise GLMError(
+            f"The weight has values up to {float(weight.detach().abs().max()):g}, which fp16 cannot hold.",
+            "Quantize a checkpoint with finite weights below 65,504.",
+        )
 
 
 def dequantize(stored: Tensor, scale: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -605,7 +614,7 @@ def _in_tiles(stored: Tensor, bits: int, own: bool) -> Tensor:
         return _in_blocks(stored, torch.uint8, int4_tile(), _tile)
 
     def turn(part: Tensor, tile: int) -> Tensor:
-        return kernels.codes_in_tiles(part if bits == 8 else unpack_int4(part), bits)
+        return kernels.codes_in_tiles(part, bits)
 
     return _in_blocks(stored, torch.uint8, kernels.TILE, turn)
 

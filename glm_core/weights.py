@@ -6,8 +6,11 @@ builds tensors and refuses everything else.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 LFS_HEAD = b"version https://git-lfs"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+AHEAD_BYTES = 32 << 20  # that the system is asked to read at a time
 HEADER_LIMIT = 100_000_000  # bytes; the largest published header has some 100,000
 ITEM_BYTES = {
     "F64": 8,
@@ -223,8 +227,10 @@ def listing(files: Sequence[Path]) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     owners = _Owners(files)
-    for file in files:
+    for number, file in enumerate(files):
         _refuse_damaged(file)
+        for soon in files[number + 1 : number + 2] if number else files[:2]:
+            threading.Thread(target=_read_ahead, args=(soon,), name="glm-read-ahead", daemon=True).start()
         if file.suffix == ".safetensors":
             header = safetensors_header(file)
             header.pop("__data__")
@@ -309,6 +315,13 @@ def tensors(
                 tensor = whole.pop(name)
                 if wanted(name) and owners.take(name, file):
                     yield name, tensor
+
+
+def _read_ahead(file: Path) -> None:
+    """Have the system read a file while the tensors of the one before are converted; a page asked for later is there."""
+    with contextlib.suppress(OSError, AttributeError), file.open("rb") as opened:  # not on every system
+        for start in range(0, file.stat().st_size, AHEAD_BYTES):
+            os.posix_fadvise(opened.fileno(), start, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
 def _unpickled(file: Path, device: str) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from glm_core import groupwise, kernels, linear, quantization
+from glm_core.errors import GLMError
 from glm_core.groupwise import GroupwiseLinear
 from glm_core.quantization import RowwiseLinear
 
@@ -157,6 +158,29 @@ def test_products_of_8_bit_activations_are_those_of_onednn(dtype, calls, monkeyp
                 rounding = 2**-7 if dtype == torch.bfloat16 else 1e-6  # one step of bf16
                 torch.testing.assert_close(found, other, rtol=rounding, atol=1e-6)
     assert one.few and set(calls) == {"int8 dynamic"}  # at least the largest one
+
+
+@needs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", kernels.QUANTIZED_FROM)
+def test_codes_and_scales_of_weights_are_torchs_bit_for_bit(dtype, bits, monkeypatch):
+    torch.manual_seed(bits)
+    weight = torch.randn(300, 176) * torch.logspace(-9, 4, 300)[:, None]  # fp16 ends at 6e-8 and 65,504
+    weight[7] = 0
+    weight[8] = torch.arange(176) % 15 - 7  # on the codes and, halved, between them
+    weight[9] = weight[8] / 2
+    weight[9, 0] = 7
+    weight = weight.to(dtype)
+    stored, scale = quantization.quantize_weight(weight, bits)
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "_found", [(None, "")])
+        right = quantization.quantize_weight(weight, bits)
+    assert torch.equal(stored, right[0]) and torch.equal(scale, right[1])
+    for bad in (float("nan"), 7e4):
+        wrong = weight.clone()
+        wrong[5, 3] = bad
+        with pytest.raises(GLMError, match="which fp16 cannot hold"):
+            quantization.quantize_weight(wrong, bits)
 
 
 @needs_kernels

@@ -6,6 +6,7 @@ memory that processes take, `tests/test_memory.py` the parts against tensors.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,7 @@ CPU_SPEED, GPU_SPEED, GPU_WEIGHTS, MOST_SPEED = 2_000.0, 20_000.0, 6e9, 200_000.
 # Measured on Linux with Python 3.11 and torch 2.13, of glm-mini and of 300 million weights: Python with the libraries
 # used, what loading leaves behind, and what the allocator keeps in gaps between tensors that came and went.
 PROGRAM = 400 << 20
+COMPILER = 90 << 20  # LLVM and what it compiles, where llvmlite is installed
 LOADED = 12 << 20
 GAPS, GAPS_SHARE, GAPS_CODED = 20 << 20, 0.25, 0.5  # products over codes make tensors of many sizes
 MOST_GAPS = 192 << 20  # beside caches; glibc gives pieces of 32 MiB and more back at once
@@ -245,7 +247,8 @@ def scratch_bytes(of: Shape, precision: str, kind: str) -> int:
 def program_bytes(kind: str, measured: int | None = None) -> int:
     """What Python and the libraries take once a model is loaded; on a GPU, what the libraries take there."""
     if kind == "cpu":
-        return (measured or PROGRAM) + LOADED
+        compiler = COMPILER if importlib.util.find_spec("llvmlite") else 0
+        return (measured or PROGRAM + compiler) + LOADED
     from ..finetune.preflight import PROGRAM_BYTES
 
     return measured or PROGRAM_BYTES["cuda"]

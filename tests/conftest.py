@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -27,13 +28,15 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_thread_goes_on() -> Iterator[None]:
-    """A job or a load that outlives its module would replace the model under the tests of the next one."""
+def nothing_goes_on() -> Iterator[None]:
+    """A job, a load or a model that outlives its module would meet the tests of the next one, whichever that is."""
     yield
     end = time.monotonic() + 20
     while (left := _working_threads()) and time.monotonic() < end:
         time.sleep(0.05)
     assert not left, f"still running: {', '.join(left)}"
+    if host := getattr(sys.modules.get("glm_core.engine"), "_host", None):
+        host.unload()  # `use` takes what is loaded in any precision where none is asked for
 
 
 def _working_threads() -> list[str]:

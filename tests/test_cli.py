@@ -33,12 +33,6 @@ from tests.conftest import REPOSITORY
 ROWS = [["1", "你好 =1+1"], ["2", "=SUM(A1)"], ["3", "{x} 谢谢"], ["4", "last"]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def nothing_loaded_after():
-    yield
-    engine.host().unload()
-
-
 @pytest.fixture
 def loaded(tiny_checkpoint):
     """The small checkpoint in this process; commands that name it find it loaded."""

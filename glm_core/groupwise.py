@@ -177,6 +177,9 @@ class GroupwiseLinear(RowwiseLinear):
         self._pairs = None
         self.weight, self.weight_scale, self.weight_zero = map(quantization._frozen, (stored, scale, zero))
 
+    def coded(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        return dict(zip(("weight", *SCALES), quantize_weight(weight, self.group), strict=True))
+
     def scales(self) -> dict[str, Tensor]:
         """`weight_scale` and `weight_zero` (out, groups) as they are stored."""
         found = {name: getattr(self, name).detach() for name in SCALES}
@@ -320,15 +323,6 @@ class GroupwiseLinear(RowwiseLinear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group={self.group}"
-
-
-def coded(layer: RowwiseLinear, weight: Tensor) -> dict[str, Tensor]:
-    """The tensors that hold a float weight (out, in) in a quantized layer, by their names."""
-    if isinstance(layer, GroupwiseLinear):
-        return dict(zip(("weight", *SCALES), quantize_weight(weight, layer.group), strict=True))
-    return dict(
-        zip(("weight", "weight_scale"), quantization.quantize_weight(weight, layer.bits), strict=True)
-    )
 
 
 def joined(layers: Sequence[GroupwiseLinear]) -> GroupwiseLinear | None:

@@ -30,7 +30,7 @@ import re
 import struct
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -137,6 +137,10 @@ class _Code:
 
 def _same(kind: str, value: object, count: int) -> str:
     return "<" + ", ".join([f"{kind} {value}"] * count) + ">"
+
+
+def _lanes(numbers: Sequence[int]) -> str:
+    return "<" + ", ".join(f"i32 {number}" for number in numbers) + ">"
 
 
 def _float(number: float) -> str:
@@ -409,8 +413,10 @@ class _Quantize4(_Quantize):
     def _store(self, code: str, codes: str, column: str) -> None:
         short = f"<{LANES // 2} x i32>"
         two = [
-            self.let(f"shufflevector {WORDS} {code}, {WORDS} poison, {short} <{lanes}>")
-            for lanes in (", ".join(f"i32 {lane}" for lane in range(first, LANES, 2)) for first in (0, 1))
+            self.let(
+                f"shufflevector {WORDS} {code}, {WORDS} poison, {short} {_lanes(range(first, LANES, 2))}"
+            )
+            for first in (0, 1)
         ]
         high = self.let(f"shl {short} {two[0]}, {_same('i32', 4, LANES // 2)}")
         low = self.let(f"and {short} {two[1]}, {_same('i32', 15, LANES // 2)}")
@@ -418,6 +424,78 @@ class _Quantize4(_Quantize):
         both = self.let(f"trunc {short} {self.let(f'or {short} {high}, {low}')} to {bytes_}")
         place = self.let(f"lshr i64 {column}, 1")
         self.do(f"store {bytes_} {both}, ptr {self.at(codes, 'i8', place)}, align 1")
+
+
+class _Tiles(_Kernel):
+    """Codes of a weight from the released layout into tiles: see `codes_in_tiles`."""
+
+    fields = ("stored", "out", "tiles", "columns")
+    numbers = ("tiles", "columns")
+    bits = 8
+
+    def body(self) -> None:
+        per_row = self.let(f"udiv i64 {self.given['columns']}, {8 // self.bits}")
+        tile_bytes = self.times(per_row, TILE)
+        first, last = self.share(self.given["tiles"])
+        with self.loop(first, last) as tile:
+            begin = self.times(tile, tile_bytes)
+            stored, out = (self.at(self.given[name], "i8", begin) for name in ("stored", "out"))
+            with self.loop("0", self.given["columns"], 4 * LANES) as column:
+                place = self.let(f"udiv i64 {column}, {8 // self.bits}")
+                self._square(
+                    self.at(stored, "i8", place), self.at(out, "i8", self.times(place, TILE)), per_row
+                )
+
+    def _square(self, stored: str, out: str, per_row: str) -> None:
+        """The next 16 steps of all rows of a tile, 16 rows at a time."""
+        rows = TILE * self.bits // 8  # that have bytes of their own in a tile
+        for start in range(0, rows, LANES):
+            words = [self._words(stored, start + row, per_row) for row in range(LANES)]
+            for step, word in enumerate(self._transposed(words)):
+                place = self.at(out, "i32", str(step * rows + start))
+                self.do(f"store {WORDS} {word}, ptr {place}, align 1")
+
+    def _words(self, stored: str, row: int, per_row: str) -> str:
+        """The four bytes of a row in each of 16 steps."""
+        words = self.load(WORDS, self.at(stored, "i8", self.times(per_row, row)))
+        return self.let(f"xor {WORDS} {words}, {_same('i32', ZERO * 0x01010101, LANES)}")
+
+    def _transposed(self, words: list[str]) -> list[str]:
+        """Lane i of register j as lane j of register i: corners of ever larger squares change places."""
+        words = list(words)
+        for size in (1, 2, 4, 8):
+            for row in (row for row in range(LANES) if not row & size):
+                two = f"{WORDS} {words[row]}, {WORDS} {words[row + size]}"
+                for which, lanes in (
+                    (row, [LANES + (lane ^ size) if lane & size else lane for lane in range(LANES)]),
+                    (row + size, [LANES + lane if lane & size else lane ^ size for lane in range(LANES)]),
+                ):
+                    words[which] = self.let(f"shufflevector {two}, {WORDS} {_lanes(lanes)}")
+        return words
+
+
+class _Tiles4(_Tiles):
+    """Of 4 bits: a byte has the codes of one column in two rows instead of those of one row in two columns."""
+
+    bits = 4
+
+    def _words(self, stored: str, row: int, per_row: str) -> str:
+        count = 2 * LANES
+        kind = f"<{count} x i8>"
+        plus, four = _same("i8", ZERO_4 << 4 | ZERO_4, count), _same("i8", 4, count)
+        one, other = (
+            self.let(
+                f"xor {kind} {self.load(kind, self.at(stored, 'i8', self.times(per_row, place)))}, {plus}"
+            )
+            for place in (row, row + TILE // 2)
+        )
+        upper = self.let(f"and {kind} {other}, {_same('i8', 0xF0, count)}")
+        even = self.let(f"or {kind} {self.let(f'lshr {kind} {one}, {four}')}, {upper}")
+        lower = self.let(f"and {kind} {one}, {_same('i8', 0x0F, count)}")
+        odd = self.let(f"or {kind} {self.let(f'shl {kind} {other}, {four}')}, {lower}")
+        lanes = [lane + count * which for lane in range(count) for which in (0, 1)]
+        both = self.let(f"shufflevector {kind} {even}, {kind} {odd}, <{2 * count} x i32> {_lanes(lanes)}")
+        return self.let(f"bitcast {BYTES} {both} to {WORDS}")
 
 
 class _Product(_Kernel):
@@ -652,6 +730,8 @@ PRODUCTS: dict[Kind, type[_Product]] = {
 OTHERS: dict[str, type[_Kernel]] = {
     "quantize 8": _Quantize,
     "quantize 4": _Quantize4,
+    "tiles 8": _Tiles,
+    "tiles 4": _Tiles4,
     "encode": _Encode,
     "encode 16": _Encode16,
     "scale": _Scale,
@@ -761,6 +841,18 @@ class Kernels:
         self._run(made, weight.data_ptr(), codes.data_ptr(), scale.data_ptr(), rows, columns)
         return codes, scale
 
+    def tiles(self, stored: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
+        """As `codes_in_tiles`; into a contiguous tensor if one is given."""
+        stored = stored.contiguous()
+        columns = stored.shape[1] * 8 // bits
+        out = torch.empty_like(stored, dtype=torch.uint8) if out is None else out
+        if columns % (4 * LANES):
+            return out.copy_(codes_in_tiles(stored, bits))
+        name = f"tiles {bits}"
+        made = self._made.get((name, 0, stored.dtype)) or self._make(name, 0, stored.dtype)
+        self._run(made, stored.data_ptr(), out.data_ptr(), stored.shape[0] // TILE, columns)
+        return out
+
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm (Zhang and Sennrich 2019) of (..., columns), a multiple of 16; the weight has the dtype of x."""
         x = x.contiguous()
@@ -847,6 +939,8 @@ def _try() -> tuple[Kernels | None, str]:
             wrong.append("norm")
         if not _quantizes(found):
             wrong.append("codes")
+        if not _tiles(found):
+            wrong.append("tiles")
     except _Missing as error:
         return None, str(error)
     except Exception as error:  # of a library in another version than the one that was tried
@@ -915,6 +1009,12 @@ def _quantizes(found: Kernels) -> bool:
         if not right or not torch.equal(found_scale, scale):
             return False
     return True
+
+
+def _tiles(found: Kernels) -> bool:
+    """Whether codes get where torch puts them, with a second tile and a second square."""
+    stored = torch.arange(2 * TILE * 128).mul(7919).view(2 * TILE, 128).to(torch.int8)
+    return all(torch.equal(found.tiles(stored, bits), codes_in_tiles(stored, bits)) for bits in (8, 4))
 
 
 def in_tiles(weight: Tensor) -> Tensor:

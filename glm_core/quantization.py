@@ -39,6 +39,7 @@ COMPILED_ROWS, COMPILED_ROWS_AMX = 512, 32
 # Codes expanded at a time: on the CPU the floats have to stay in the cache until they are multiplied.
 BLOCK_CODES = {"cpu": 1 << 20}
 BLOCK_CODES_ELSEWHERE = 1 << 26
+ROWS_AT_ONCE = 1024  # of a weight that is read from a file and coded
 TILES = (64, 32)  # rows per tile of the INT4 kernel, by the width of the processor's registers
 
 Progress = Callable[[int, int], None]  # (layers done, of all)
@@ -98,6 +99,21 @@ def quantize_weight(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         stored[start : start + step] = codes if bits == 8 else pack_int4(codes)
         scale[start : start + step] = size
     return stored, scale
+
+
+def quantize_in_tiles(weight: Tensor, bits: int, own: kernels.Kernels) -> tuple[Tensor, Tensor]:
+    """As `quantize_weight`, with the codes in the order of the compiled kernels, on a CPU.
+
+    Some rows at a time: a weight of its own for the codes in between would take longer to get than to fill.
+    """
+    rows, columns = weight.shape
+    tiled = torch.empty(rows, columns * bits // 8, dtype=torch.uint8)
+    scale = torch.empty(rows, dtype=torch.float16)
+    for start in range(0, rows, ROWS_AT_ONCE):
+        these = slice(start, min(start + ROWS_AT_ONCE, rows))
+        stored, scale[these] = quantize_weight(weight[these], bits)
+        own.tiles(stored, bits, tiled[these])
+    return tiled, scale
 
 
 def _check_finite(weight: Tensor, largest: Tensor) -> None:
@@ -352,8 +368,19 @@ class RowwiseLinear(_Rowwise):
             return weight
         return _of_tiles(weight, self.bits, self._for_own)
 
+    def coded(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The tensors that hold a float weight (out, in) here, by their names, ready for inputs of `dtype`."""
+        own = self._own() if weight.device.type == "cpu" and dtype == torch.bfloat16 and self.tiled else None
+        self._for_own = own is not None
+        made = (
+            quantize_weight(weight, self.bits) if own is None else quantize_in_tiles(weight, self.bits, own)
+        )
+        return dict(zip(("weight", "weight_scale"), made, strict=True))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self._release()  # another device has no use for the order of this one's kernel
+        like = torch.empty(0, dtype=torch.bfloat16, device=self.weight.device)
+        if (became := fn(like)).device != like.device or became.dtype != like.dtype:
+            self._release()  # another device or dtype has no use for the order of this one's kernel
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
@@ -610,13 +637,9 @@ def _untile(tiled: Tensor, tile: int) -> Tensor:
 
 def _in_tiles(stored: Tensor, bits: int, own: bool) -> Tensor:
     """Released rows in the order of the compiled kernels or of torch's."""
-    if not own:
-        return _in_blocks(stored, torch.uint8, int4_tile(), _tile)
-
-    def turn(part: Tensor, tile: int) -> Tensor:
-        return kernels.codes_in_tiles(part, bits)
-
-    return _in_blocks(stored, torch.uint8, kernels.TILE, turn)
+    if own and (compiled := kernels.kernels()):
+        return compiled.tiles(stored, bits)
+    return _in_blocks(stored, torch.uint8, int4_tile(), _tile)
 
 
 def _of_tiles(tiled: Tensor, bits: int, own: bool) -> Tensor:

@@ -7,8 +7,10 @@ builds tensors and refuses everything else.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import math
+import mmap
 import os
 import threading
 import zipfile
@@ -25,7 +27,9 @@ if TYPE_CHECKING:
 LFS_HEAD = b"version https://git-lfs"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-AHEAD_BYTES = 32 << 20  # that the system is asked to read at a time
+WINDOW_BYTES = 16 << 20  # that the system is asked to read at a time
+AHEAD_BYTES = 1 << 29  # that it reads before they are needed, at most
+KEPT_SHARE = 0.5  # of the free memory: files that are larger are not kept in it
 HEADER_LIMIT = 100_000_000  # bytes; the largest published header has some 100,000
 ITEM_BYTES = {
     "F64": 8,
@@ -227,10 +231,8 @@ def listing(files: Sequence[Path]) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     owners = _Owners(files)
-    for number, file in enumerate(files):
+    for file in files:
         _refuse_damaged(file)
-        for soon in files[number + 1 : number + 2] if number else files[:2]:
-            threading.Thread(target=_read_ahead, args=(soon,), name="glm-read-ahead", daemon=True).start()
         if file.suffix == ".safetensors":
             header = safetensors_header(file)
             header.pop("__data__")
@@ -292,36 +294,111 @@ def tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) one after another; each is a view of its mapped file and is to be copied or converted.
 
-    GLMError naming the file when one cannot be read or holds anything but tensors.
+    While one is converted, the system reads those behind it. GLMError naming the file when one cannot be read or
+    holds anything but tensors.
     """
     from safetensors import SafetensorError, safe_open
 
     owners = _Owners(files)
-    for file in files:
-        _refuse_damaged(file)
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(str(file), framework="pt", device="cpu") as opened:
-                    for name in opened.keys():  # noqa: SIM118  (no mapping: it cannot be iterated)
-                        if wanted(name) and owners.take(name, file):
-                            yield name, opened.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise GLMError(
-                    f"{file.name} cannot be read: {error}.", "Copy the checkpoint again from its source."
-                ) from error
-        else:
-            whole = _unpickled(file, "cpu")
-            for name in list(whole):
-                tensor = whole.pop(name)
-                if wanted(name) and owners.take(name, file):
-                    yield name, tensor
+    with _Reading(files) as reading:
+        for file in files:
+            _refuse_damaged(file)
+            if file.suffix == ".safetensors":
+                try:
+                    with safe_open(str(file), framework="pt", device="cpu") as opened:
+                        for name in opened.offset_keys():
+                            if wanted(name) and owners.take(name, file):
+                                tensor = opened.get_tensor(name)
+                                yield name, tensor
+                                reading.passed(file, tensor)
+                except (SafetensorError, OSError) as error:
+                    raise GLMError(
+                        f"{file.name} cannot be read: {error}.", "Copy the checkpoint again from its source."
+                    ) from error
+            else:
+                whole = _unpickled(file, "cpu")
+                for name in list(whole):
+                    tensor = whole.pop(name)
+                    if wanted(name) and owners.take(name, file):
+                        yield name, tensor
+                    reading.passed(file, tensor)
 
 
-def _read_ahead(file: Path) -> None:
-    """Have the system read a file while the tensors of the one before are converted; a page asked for later is there."""
-    with contextlib.suppress(OSError, AttributeError), file.open("rb") as opened:  # not on every system
-        for start in range(0, file.stat().st_size, AHEAD_BYTES):
-            os.posix_fadvise(opened.fileno(), start, AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
+class _Reading:
+    """Has the system read files in their order, up to AHEAD_BYTES before what was passed, while other work goes on.
+
+    A mapped file alone is read a few pages at a time, each time when somebody waits for them. And the system keeps all
+    that it has read until memory is full. What other programs have there would go, and in a virtual machine every page
+    of memory that is touched for the first time takes its host some microseconds, more than reading it from an SSD. So
+    of files that would fill most of what is free, pages are given back once they were passed, and serve again.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        import psutil
+
+        self._files = files
+        self._room, self._ended = threading.Condition(), False
+        self._passed = 0
+        total = sum(file.stat().st_size for file in files)
+        self._gives_back = total > KEPT_SHARE * psutil.virtual_memory().available
+        self._thread = threading.Thread(target=self._run, name="glm-read-ahead", daemon=True)
+
+    def __enter__(self) -> _Reading:
+        if hasattr(os, "posix_fadvise"):  # not on every system
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._room:
+            self._ended = True
+            self._room.notify()
+
+    def passed(self, file: Path, tensor: Tensor) -> None:
+        """A tensor of this file is done with."""
+        with self._room:
+            self._passed += tensor.nbytes
+            self._room.notify()
+        if self._gives_back and tensor.nbytes >= WINDOW_BYTES:
+            with contextlib.suppress(OSError, AttributeError, ValueError):  # no such thing on this system
+                _give_back(file, tensor.data_ptr(), tensor.nbytes)
+
+    def _wait_for(self, position: int) -> bool:
+        """Until this byte is near enough; False where it was passed meanwhile, or nothing more is wanted."""
+        with self._room:
+            self._room.wait_for(lambda: self._ended or position < self._passed + AHEAD_BYTES)
+            return not self._ended and position >= self._passed
+
+    def _run(self) -> None:
+        before = 0
+        for file in self._files:
+            with contextlib.suppress(OSError), file.open("rb") as opened:
+                size = os.fstat(opened.fileno()).st_size
+                for start in range(0, size, WINDOW_BYTES):
+                    if self._wait_for(before + start):
+                        os.posix_fadvise(opened.fileno(), start, WINDOW_BYTES, os.POSIX_FADV_WILLNEED)
+                before += size
+
+
+def _give_back(file: Path, address: int, count: int) -> None:
+    """Free the pages of a file behind an address, which are read again should anybody look there.
+
+    Nothing happens where the address is not that of this file, mapped: other memory would be lost.
+    """
+    last = (address + count) & -mmap.PAGESIZE
+    with open("/proc/self/maps", "rb") as lines:
+        for line in lines:
+            span, _, start, _, _, *path = line.split(None, 5)
+            begin, end = (int(part, 16) for part in span.split(b"-"))
+            if begin <= address < end:
+                if last <= end and path and os.fsdecode(path[0].rstrip(b"\n")) == os.path.realpath(file):
+                    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+                    ctypes.CDLL(None).madvise(
+                        ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED
+                    )
+                    with file.open("rb") as opened:
+                        offset = int(start, 16) + first - begin
+                        os.posix_fadvise(opened.fileno(), offset, last - first, os.POSIX_FADV_DONTNEED)
+                return
 
 
 def _unpickled(file: Path, device: str) -> dict[str, Tensor]:

@@ -184,6 +184,32 @@ def test_codes_and_scales_of_weights_are_torchs_bit_for_bit(dtype, bits, monkeyp
 
 
 @needs_kernels
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_is_coded_into_tiles_as_its_codes_would_be(bits, monkeypatch):
+    monkeypatch.setattr(quantization, "ROWS_AT_ONCE", 128)
+    for rows, columns in (*SHAPES, (320, 704)):
+        plain = nn.Linear(columns, rows)
+        right = RowwiseLinear.from_linear(plain, bits)
+        stored = right.stored()
+        assert torch.equal(kernels.kernels().tiles(stored, bits), kernels.codes_in_tiles(stored, bits))
+        one = RowwiseLinear(columns, rows, bits, bias=False, device="meta")
+        found = one.coded(plain.weight, torch.bfloat16)
+        one.weight, one.weight_scale = (
+            nn.Parameter(found[name], False) for name in ("weight", "weight_scale")
+        )
+        assert one.weight.dtype == torch.uint8 and torch.equal(one.stored(), stored)
+        assert torch.equal(one.weight_scale, right.weight_scale)
+        right(torch.zeros(1, columns).bfloat16())
+        assert torch.equal(one.weight, right.weight)
+    for dtype, tiled in (
+        (torch.float32, True),
+        (torch.bfloat16, False),
+    ):  # fp32 reads the released order sooner
+        one = RowwiseLinear(columns, rows, bits, bias=False, device="meta", tiled=tiled)
+        assert torch.equal(one.coded(plain.weight, dtype)["weight"], stored) and not one._for_own
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.inference_mode()
 def test_norms_are_as_exact_as_torchs(dtype):

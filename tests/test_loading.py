@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -178,3 +181,50 @@ def test_an_interrupted_save_leaves_no_checkpoint(tmp_path):
     (tmp_path / "full" / "x").touch()
     with pytest.raises(GLMError, match="exists already"):
         saving.write(tmp_path / "full", iter(()), {}, tmp_path)
+
+
+def cached(file: Path) -> float:
+    """The share of a file that is in memory, by looks at it that do not wait for the disk."""
+    there = looked = 0
+    with file.open("rb") as opened:
+        for place in range(0, file.stat().st_size, 64 << 10):
+            looked += 1
+            with contextlib.suppress(BlockingIOError):
+                there += os.preadv(opened.fileno(), [bytearray(1)], place, os.RWF_NOWAIT)
+    return there / looked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can be told what to keep in memory")
+@pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle"])
+def test_what_was_read_of_large_files_gives_its_memory_back_and_is_read_again(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "WINDOW_BYTES", 1 << 20)
+    state = {name: torch.randn(1 << 20) for name in "abcdef"}
+    state["g"] = state["a"]  # one memory of two names
+    file = tmp_path / f"重量.{'safetensors' if kind == 'safetensors' else 'bin'}"
+    if kind == "safetensors":
+        save_file(state | {"g": state["a"].clone()}, file)
+    else:
+        torch.save(state, file, _use_new_zipfile_serialization=kind == "zip")
+    os.sync()
+    for share, kept in ((1e9, True), (0.0, False)):
+        monkeypatch.setattr(weights, "KEPT_SHARE", share)
+        found = dict(weights.tensors([file]))
+        assert cached(file) > 0.9 if kept or kind == "pickle" else cached(file) < 0.1
+        assert all(
+            torch.equal(found[name], state[name]) for name in state
+        )  # views outlive what was given back
+        del found  # pages that somebody has mapped stay
+
+
+def test_only_the_pages_of_that_file_are_given_back(tmp_path):
+    file, tensor = tmp_path / "a", torch.arange(1 << 20)
+    file.write_bytes(bytes(100))
+    with contextlib.suppress(OSError, AttributeError):
+        weights._give_back(file, tensor.data_ptr(), tensor.nbytes)
+    assert torch.equal(tensor, torch.arange(1 << 20))
+
+
+def test_looking_into_files_reads_none_of_their_weights(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(weights._Reading, "__init__", lambda *given: started.append(given))
+    assert weights.listing(weights.weight_files(GOLDEN / "v2/tiny")[0]) and not started

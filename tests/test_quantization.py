@@ -302,7 +302,9 @@ def test_the_kernels_order_replaces_the_codes_and_never_leaves_the_layer():
             assert_close(layer(x), reference(plain, x), dtype)
             layer(x).sum().backward()
             assert_close(x.grad, plain.dequantized(torch.float64).sum(0).expand_as(x), dtype)
-    layer.to(torch.bfloat16)
+    layer.to("cpu", torch.bfloat16)
+    assert layer.weight.dtype == torch.uint8  # what is computed with does not change
+    layer.to(torch.float16)
     assert layer.weight.dtype == torch.int8 and torch.equal(layer.weight, stored)
 
     other = random_layer(128, 96, 4, seed=5)

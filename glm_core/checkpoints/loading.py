@@ -483,7 +483,7 @@ def fill(
             owner, leaf = target.rsplit(".", 1)
             device = device_of(target)
             if isinstance(modules[owner], RowwiseLinear) and leaf == "weight" and part.is_floating_point():
-                for made, codes in groupwise.coded(modules[owner], part.to(device)).items():
+                for made, codes in modules[owner].coded(part.to(device), dtype).items():
                     put(f"{owner}.{made}", codes)
                 continue
             if tuple(part.shape) != expected[target]:

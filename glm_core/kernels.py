@@ -2,13 +2,13 @@
 
 A step of a chat reads every weight once and computes little with it, so its time is that of reading memory, unless the
 product itself is slow. torch's INT4 kernel takes twice that time, oneDNN's product of one row in bf16 a half more; and to
-expand codes for a long prompt costs more than the prompt. Each of these kernels is near one of the two limits. bf16 and
-INT8 with dynamic activations are read in the layout of oneDNN, which goes on to serve many rows; the others have a layout
+expand codes for a long prompt costs more than the prompt. Each of these kernels is near one of the two limits. fp32, bf16
+and INT8 with dynamic activations are read in the layout of oneDNN, which goes on to serve many rows; the others have a layout
 of their own, so nothing is kept twice. Beside them: RMSNorm, the codes of weights, and the 8-bit codes of activations and what is
 made of their sums, for which torch takes several passes.
 
-A weight stands in tiles of 64 rows. Of each, step by step along the columns, there are 4 bytes of each row: two columns
-in bf16, four in 8 bits, or four with 4 bits, the codes of rows r and r + 32 in a byte. A tile's rows are the lanes of
+A weight stands in tiles of 64 rows. Of each, step by step along the columns, there are 4 bytes of each row: a column in
+fp32, two in bf16, four in 8 bits, or four with 4 bits, the codes of rows r and r + 32 in a byte. A tile's rows are the lanes of
 four registers, and four bytes of x are multiplied with all.
 
 Codes are multiplied as whole numbers with x in 16 bits: of each group of columns in a row, x is rounded to a multiple of
@@ -39,18 +39,19 @@ import torch
 from torch import Tensor
 
 # Of products, by how the weight is stored and, where activations have 8 bits, too, by that.
-Kind = Literal["int4", "int4 groups", "int8", "int8 dynamic", "bf16"]
+Kind = Literal["int4", "int4 groups", "int8", "int8 dynamic", "bf16", "fp32"]
 
 TILE = 64  # rows of a weight that are computed together
 LANES = 16  # of a register
 VECTORS = TILE // LANES
 AHEAD = 4096  # bytes of the weight that are asked for early: what the processor does by itself ends with each page
 # Rows of x that the 32 registers have room for; with more a product is computed in parts.
-AT_ONCE: dict[Kind, int] = {"int4": 3, "int4 groups": 3, "int8": 3, "int8 dynamic": 6, "bf16": 6}
+AT_ONCE: dict[Kind, int] = {"int4": 3, "int4 groups": 3, "int8": 3, "int8 dynamic": 6, "bf16": 6, "fp32": 6}
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vnni")
+FLOAT: dict[Kind, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}  # in which x is, too
 QUANTIZED_FROM = (torch.bfloat16, torch.float16, torch.float32)
 MOST_ROWS = 8  # up to which every thread codes x for itself
-LEAST_BYTES = 2 << 20  # of a weight; of a smaller one caches hide what torch's kernels lose
+LEAST_BYTES = 1 << 18  # of a weight; of a smaller one, threads take longer to start than to multiply
 ALONE = 1 << 15  # numbers up to which one thread normalizes them sooner than it could wake another
 ZERO, ZERO_4 = 128, 8  # the unsigned 8-bit code of 0, and that of 4 bits
 HALF_ABOVE = ZERO + 0.5  # then cut off: rounded to the nearest
@@ -584,21 +585,36 @@ class _Product(_Kernel):
 class _Float(_Product):
     """A weight in bf16."""
 
-    per_step = 2
+    per_step, vector = 2, PAIRS
 
     def tile(self, weight: str, lanes: list[str], rows: list[str]) -> None:
         sums = {(row, v): self.variable(FLOATS, "zeroinitializer") for v in range(VECTORS) for row in rows}
         for column, place in self.steps(weight, "0", self.given["columns"]):
-            numbers = [self.load(PAIRS, self.at(place, "i8", str(64 * vector))) for vector in range(VECTORS)]
+            numbers = [
+                self.load(self.vector, self.at(place, "i8", str(64 * vector))) for vector in range(VECTORS)
+            ]
             for row in rows:
-                x = self.four_bytes(self.at(self.given["x"], "bfloat", self.x_at(row, column)), PAIRS)
+                x = self.at(self.given["x"], self.kind_of_x, self.x_at(row, column))
+                x = self.four_bytes(x, self.vector)
                 for vector, number in enumerate(numbers):
                     at = sums[row, vector]
-                    given = f"{FLOATS} {self.load(FLOATS, at)}", f"{PAIRS} {number}", f"{PAIRS} {x}"
-                    done = self.call(FLOATS, "llvm.x86.avx512bf16.dpbf16ps.512", *given)
-                    self.do(f"store {FLOATS} {done}, ptr {at}")
+                    self.do(f"store {FLOATS} {self.more(self.load(FLOATS, at), number, x)}, ptr {at}")
         for (row, vector), at in sums.items():
             self.finish(row, lanes[vector], self.load(FLOATS, at))
+
+    def more(self, sums: str, number: str, x: str) -> str:
+        """Sums with the products of one step."""
+        given = f"{FLOATS} {sums}", f"{PAIRS} {number}", f"{PAIRS} {x}"
+        return self.call(FLOATS, "llvm.x86.avx512bf16.dpbf16ps.512", *given)
+
+
+class _Single(_Float):
+    """A weight in fp32."""
+
+    per_step, vector = 1, FLOATS
+
+    def more(self, sums: str, number: str, x: str) -> str:
+        return self.fma(number, x, sums)
 
 
 class _Dynamic(_Product):
@@ -726,6 +742,7 @@ class _Codes(_Product):
 PLUS: dict[Kind, int] = {"int4": ZERO_4, "int4 groups": ZERO_4, "int8": ZERO}
 PRODUCTS: dict[Kind, type[_Product]] = {
     "int4": _Codes, "int4 groups": _Codes, "int8": _Codes, "int8 dynamic": _Dynamic, "bf16": _Float,
+    "fp32": _Single,
 }  # fmt: skip
 OTHERS: dict[str, type[_Kernel]] = {
     "quantize 8": _Quantize,
@@ -762,11 +779,11 @@ class Kernels:
         bias: Tensor | None,
         group: int = 1,
     ) -> Tensor:
-        """(n, in) -> (n, out) in the dtype of x; bf16 only up to MOST_ROWS. Nothing is checked here: see `serve`.
+        """(n, in) -> (n, out) in the dtype of x; FLOAT only up to MOST_ROWS. Nothing is checked here: see `serve`.
 
-        weight  address of the weight's tiles: "bf16" and "int8 dynamic" `in_tiles`, the others `codes_in_tiles`
+        weight  address of the weight's tiles: FLOAT and "int8 dynamic" `in_tiles`, the others `codes_in_tiles`
         rows    of the weight, out
-        scale   "int4 groups": bf16 (groups, out, 2), scale and zero point; "bf16": none; others: fp32 (out,)
+        scale   "int4 groups": bf16 (groups, out, 2), scale and zero point; FLOAT: none; others: fp32 (out,)
         group   columns, a multiple of 32, that x is rounded in; in "int4 groups" also those of the weight
         sums    "int8 dynamic": int32 (out,), the sums of the codes of each row times -ZERO
         bias    (out,)
@@ -867,10 +884,11 @@ class Kernels:
 
     def make(self, kind: Kind, dtype: torch.dtype) -> None:
         """Compile those of a kind for every number of rows now, so that no answer waits: 0.3 to 0.9 s."""
-        for rows in range(kind == "bf16", MOST_ROWS + 1):
+        for rows in range(kind in FLOAT, MOST_ROWS + 1):
             self._make(kind, rows, dtype)
-        for name in {"bf16": (), "int8 dynamic": ("encode", "scale")}.get(kind, ("encode 16",)):
-            self._make(name, 0, dtype)
+        if kind not in FLOAT:
+            for name in ("encode", "scale") if kind == "int8 dynamic" else ("encode 16",):
+                self._make(name, 0, dtype)
 
     def _run(self, made: int, *given: int, threads: int = 0) -> None:
         fields = (ctypes.c_uint64 * len(given))(*given)
@@ -898,7 +916,7 @@ class Kernels:
 
 def serve(kind: Kind, rows: int, columns: int) -> bool:
     """Whether the kernels compute with a weight of this size here, and are worth it."""
-    bits = 16 if kind == "bf16" else 8 if kind.startswith("int8") else 4
+    bits = 8 * FLOAT[kind].itemsize if kind in FLOAT else 8 if kind.startswith("int8") else 4
     if rows * columns * bits // 8 < LEAST_BYTES or rows % TILE or columns % (2 * LANES):
         return False
     return columns * MOST_ROWS <= STACK_BYTES and kernels() is not None
@@ -957,8 +975,9 @@ def _computes(found: Kernels, kind: Kind) -> bool:
     bias = torch.arange(2 * TILE) % 5
     expected = x @ codes.t() + bias
     scale = sums = None
-    if kind == "bf16":
-        weight = in_tiles(codes.bfloat16())
+    dtype = FLOAT.get(kind, torch.bfloat16)
+    if kind in FLOAT:
+        weight = in_tiles(codes.to(dtype))
     elif kind == "int8 dynamic":
         weight, scale = in_tiles(codes.to(torch.int8)), torch.ones(2 * TILE)
         sums = codes.sum(-1, dtype=torch.int32) * -ZERO
@@ -973,14 +992,14 @@ def _computes(found: Kernels, kind: Kind) -> bool:
             scale = pairs.bfloat16().contiguous()
             numbers = codes.view(-1, 2, group) * pairs[:, 0, 0, None] + pairs[:, 0, 1, None]
             expected = x.float() @ numbers.view(-1, columns).t() + bias
-    given = x.bfloat16()
-    out = found(kind, given, weight.data_ptr(), 2 * TILE, scale, sums, bias.bfloat16(), group)
+    given = x.to(dtype)
+    out = found(kind, given, weight.data_ptr(), 2 * TILE, scale, sums, bias.to(dtype), group)
     if kind == "int8 dynamic":
         coded, worth = found.encode(given)
         again = torch.empty_like(out)
         found.scale((coded.float() - ZERO) @ codes.t().float(), worth, bias.bfloat16(), again)
         return torch.equal(out, expected.bfloat16()) and torch.equal(again, out)
-    return torch.equal(out, expected.bfloat16())
+    return torch.equal(out, expected.to(dtype))
 
 
 def _normalizes(found: Kernels) -> bool:

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,9 @@ class PackedLinear(nn.Module):
         self.dtype = weight.dtype
         with torch.inference_mode(False), torch.no_grad():
             self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-        alike = weight.dtype == torch.bfloat16 and (bias is None or bias.dtype == weight.dtype)
-        self.few = alike and in_tiles("bf16", self._packed, weight)
+        self._kind: kernels.Kind = "bf16" if weight.dtype == torch.bfloat16 else "fp32"
+        alike = bias is None or bias.dtype == weight.dtype
+        self.few = alike and in_tiles(self._kind, self._packed, weight)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), False))
 
     @property
@@ -68,7 +69,7 @@ class PackedLinear(nn.Module):
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile what a few rows will need, so that no answer waits for it; only the weight's dtype does."""
         if self.few and dtype == self.dtype and (own := kernels.kernels()):
-            own.make("bf16", dtype)
+            own.make(self._kind, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -79,7 +80,7 @@ class PackedLinear(nn.Module):
         if self.few and 0 < n <= MOST_ROWS and (own := kernels.kernels()):
             address = torch.ops.mkldnn.data_ptr(self._packed)
             out: Tensor = own(
-                "bf16", x.reshape(n, self.in_features), address, self.out_features, None, None, self.bias
+                self._kind, x.reshape(n, self.in_features), address, self.out_features, None, None, self.bias
             )
             return out.view(*x.shape[:-1], self.out_features)
         if n < len(self.rows) and (most := self.rows[n]) != n:
@@ -428,7 +429,7 @@ def _parameter_bytes(module: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
-def in_tiles(kind: Literal["bf16", "int8 dynamic"], packed: Tensor, weight: Tensor) -> bool:
+def in_tiles(kind: kernels.Kind, packed: Tensor, weight: Tensor) -> bool:
     """Whether a packed weight stands in memory as the kernels for few rows read it.
 
     oneDNN chooses and tells nobody: its first, middle and last tile are compared with those of the plain weight.

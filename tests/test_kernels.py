@@ -21,7 +21,7 @@ needs_kernels = pytest.mark.skipif(
     kernels.kernels() is None, reason=f"this processor's products are {kernels.state()}"
 )
 SHAPES = [(64, 32), (128, 96), (192, 416), (640, 1024)]
-NAMES = ("packed", "dynamic", "int8", "int4", "int4-g32", "int4-g128")
+NAMES = ("packed", "single", "dynamic", "int8", "int4", "int4-g32", "int4-g128")
 
 
 @pytest.fixture(autouse=True)
@@ -47,8 +47,8 @@ def layer(
     name: str, rows: int, columns: int, bias: bool = True, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
     torch.manual_seed(rows + columns)
-    plain = nn.Linear(columns, rows, bias).to(dtype)
-    if name == "packed":
+    plain = nn.Linear(columns, rows, bias).to(torch.float32 if name == "single" else dtype)
+    if name in ("packed", "single"):
         return linear.PackedLinear(plain.weight, plain.bias)
     if name == "dynamic":
         codes = RowwiseLinear.from_linear(plain, 8)
@@ -56,6 +56,11 @@ def layer(
     if name in ("int4", "int8"):
         return RowwiseLinear.from_linear(plain, int(name[3:]))
     return GroupwiseLinear.from_linear(plain, 4, groupwise.group_for(columns, int(name[6:])))
+
+
+def some(name: str, *shape: int) -> torch.Tensor:
+    """Numbers as a layer of this name takes them for its kernel."""
+    return torch.randn(shape).to(torch.float32 if name == "single" else torch.bfloat16)
 
 
 def exact(one: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -83,7 +88,7 @@ def test_a_processor_that_can_has_them():
 
 @needs_kernels
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", ["packed", "int8", "int4", "int4-g32", "int4-g128"])
+@pytest.mark.parametrize("name", ["packed", "single", "int8", "int4", "int4-g32", "int4-g128"])
 @torch.inference_mode()
 def test_products_are_those_of_the_weights_whatever_the_number_of_rows(name, bias, calls):
     for rows, columns in SHAPES:
@@ -91,12 +96,13 @@ def test_products_are_those_of_the_weights_whatever_the_number_of_rows(name, bia
             continue
         one = layer(name, rows, columns, bias)
         for n in (*range(1, 10), 17):
-            x = torch.randn(n, columns).bfloat16()
+            x = some(name, n, columns)
             right, before = exact(one, x), len(calls)
             # fp32 sums, rounded once to bf16; and what fp32 loses where large numbers cancel
-            allowed = 2**-8 * right.abs() + 1e-5 * (x.abs().double().sum(-1, keepdim=True))
+            rounding, lost = (1e-7, 1e-6) if name == "single" else (2**-8, 1e-5)
+            allowed = rounding * right.abs() + lost * (x.abs().double().sum(-1, keepdim=True))
             assert bool(((one(x).double() - right).abs() <= allowed).all()), (rows, columns, n)
-            assert (len(calls) > before) == (name != "packed" or n <= kernels.MOST_ROWS)
+            assert (len(calls) > before) == (name not in ("packed", "single") or n <= kernels.MOST_ROWS)
 
 
 @needs_kernels
@@ -231,7 +237,7 @@ def test_numbers_that_are_none_are_not_hidden(monkeypatch):
     for name in NAMES:
         one = layer(name, 128, 128)
         for bad in (float("nan"), float("inf")):
-            x = torch.randn(3, 128).bfloat16()
+            x = some(name, 3, 128)
             x[1, 7] = bad
             out = one(x)
             assert not bool(out[1].isfinite().any()) and bool(out[[0, 2]].isfinite().all()), (name, bad)
@@ -241,7 +247,7 @@ def test_numbers_that_are_none_are_not_hidden(monkeypatch):
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_any_number_of_threads_and_callers_gives_the_same(name):
-    one, x = layer(name, 640, 512), torch.randn(5, 512).bfloat16()
+    one, x = layer(name, 640, 512), some(name, 5, 512)
     right, before = one(x), torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 12):  # more than there are tiles
@@ -297,20 +303,24 @@ def test_other_inputs_and_sizes_are_computed_by_torch(name, calls):
 
 @needs_kernels
 def test_views_of_larger_tensors_are_read_as_they_are_seen():
-    wide = torch.randn(3, 512).bfloat16()
     for name in NAMES:
-        one = layer(name, 128, 256)
+        one, wide = layer(name, 128, 256), some(name, 3, 512)
         with torch.inference_mode():
             assert torch.equal(one(wide[:, ::2]), one(wide[:, ::2].contiguous()))
 
 
 @needs_kernels
 def test_a_weight_that_onednn_orders_otherwise_is_left_to_it(monkeypatch):
-    weight = torch.randn(128, 64).bfloat16()
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    assert linear.in_tiles("bf16", packed, weight)
-    for moved in (weight.flip(0), weight.flip(1), weight[:, torch.arange(64).view(2, 32).t().reshape(-1)]):
-        assert not linear.in_tiles("bf16", packed, moved)
+    for kind, dtype in kernels.FLOAT.items():
+        weight = torch.randn(128, 64).to(dtype)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+        assert linear.in_tiles(kind, packed, weight)
+        for moved in (
+            weight.flip(0),
+            weight.flip(1),
+            weight[:, torch.arange(64).view(2, 32).t().reshape(-1)],
+        ):
+            assert not linear.in_tiles(kind, packed, moved)
 
 
 @needs_kernels
@@ -318,8 +328,13 @@ def test_the_kernels_of_a_model_are_compiled_when_it_is_laid_out(calls):
     model = nn.ModuleDict({name: layer(name, 128, 128) for name in NAMES})
     made = kernels.kernels()._made
     linear.prepare(model, torch.bfloat16)
-    expected = {(kind, n) for kind in kernels.AT_ONCE for n in range(kind == "bf16", kernels.MOST_ROWS + 1)}
-    assert expected <= {(kind, n) for kind, n, dtype in made if dtype == torch.bfloat16}
+    linear.prepare(model, torch.float32)
+    expected = {
+        (kind, n, kernels.FLOAT.get(kind, torch.bfloat16))
+        for kind in kernels.AT_ONCE
+        for n in range(kind in kernels.FLOAT, kernels.MOST_ROWS + 1)
+    }
+    assert expected <= set(made)
     assert not calls
 
 

@@ -129,13 +129,15 @@ def predict(
     # moves the cache into a longer one; the allocator keeps what the last but one took until the engine rests.
     moved = cache if together < batch else cache * max(0, read - fed) // context
     activations = activation_bytes(of, precision, kind, together, fed, context)
+    whole = compiled(of, precision, kind, together * fed)
     begun = program_bytes(kind, program)
     parts = {
         "weights": weights,
         "cache": cache,
         "moved": moved,
         "activations": activations,
-        "overhead": begun + (gap_bytes(of, precision, cache + moved, activations) if kind == "cpu" else 0),
+        "overhead": begun
+        + (gap_bytes(of, precision, whole, cache + moved, activations) if kind == "cpu" else 0),
     }
     kept = 0 if of.fused else max(16 << 20, min(weights // 10, 1 << 30))
     return Prediction(of.name, of.family, precision, kind, context, batch, "", parts, weights + begun, kept)
@@ -225,14 +227,36 @@ def activation_bytes(of: Shape, precision: str, kind: str, rows: int, fed: int, 
         seen += 2 * rows * columns * queries * e if of.keys < queries else 0
         attention = (3 * hidden + 3 * queries) * e
         mlp = (3 * hidden + widest + 2 * inner) * e
-    if group_of(of, precision):
+    if compiled(of, precision, kind, tokens):
+        pass  # one pass from the codes to the result
+    elif group_of(of, precision):
         # Sums in fp32, rounded to the result.
         mlp = max(mlp, before + widest * (4 + e if e < 4 else 4))
     elif bits_of(of, precision):
         # Sums over codes, the same scaled in fp32 and once more with the bias, rounded to the result.
         mlp = max(mlp, before + widest * (e + 8 if of.biased else 2 * e + 4))
     head = rows * of.vocabulary * (e + (4 if e < 4 else 0))
-    return max(seen + tokens * max(attention, mlp), head) + scratch_bytes(of, precision, kind)
+    scratch = 0 if compiled(of, precision, kind, tokens) else scratch_bytes(of, precision, kind)
+    return max(seen + tokens * max(attention, mlp), head) + scratch
+
+
+def compiled(of: Shape, precision: str, kind: str, tokens: int) -> bool:
+    """Whether all products over codes with so many rows are those of the kernels compiled for this processor."""
+    from .. import kernels, quantization
+
+    bits = bits_of(of, precision)
+    if kind != "cpu" or not bits or precision == DYNAMIC or element_bytes(of, precision) != 2:
+        return False
+    most = quantization.COMPILED_ROWS_AMX if quantization.amx() else quantization.COMPILED_ROWS
+    name: kernels.Kind = "int4 groups" if group_of(of, precision) else "int8" if bits == 8 else "int4"
+    joined = of.fused or of.architecture in LEAN
+    sizes = [
+        (of.queries + 2 * of.keys if joined else of.keys, of.hidden),
+        (of.hidden, of.queries),
+        ((2 if of.gated else 1) * of.inner, of.hidden),
+        (of.hidden, of.inner),
+    ]
+    return tokens <= most and all(kernels.serve(name, *size) for size in sizes)
 
 
 def scratch_bytes(of: Shape, precision: str, kind: str) -> int:
@@ -254,8 +278,13 @@ def program_bytes(kind: str, measured: int | None = None) -> int:
     return measured or PROGRAM_BYTES["cuda"]
 
 
-def gap_bytes(of: Shape, precision: str, caches: int, activations: int) -> int:
-    """What the allocator of a processor's memory keeps beside tensors of so many bytes that come and go."""
+def gap_bytes(of: Shape, precision: str, whole: bool, caches: int, activations: int) -> int:
+    """What the allocator of a processor's memory keeps beside tensors of so many bytes that come and go.
+
+    whole   whether products over codes are `compiled`: they make few tensors, and the gaps serve the caches
+    """
+    if whole:
+        return GAPS + int(GAPS_SHARE * activations)
     share = GAPS_CODED if bits_of(of, precision) else GAPS_SHARE
     return GAPS + int(min(GAPS_SHARE * caches, MOST_GAPS) + share * activations)
 

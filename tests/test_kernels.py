@@ -216,6 +216,23 @@ def test_a_weight_is_coded_into_tiles_as_its_codes_would_be(bits, monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@torch.inference_mode()
+def test_joined_layers_keep_their_tiles(name):
+    parts = [layer(name, rows, 128) for rows in (192, 64, 128)]
+    stored = torch.cat([one.stored() for one in parts])
+    x = torch.randn(2, 128).bfloat16()
+    right = torch.cat([one(x) for one in parts], -1)  # which brings their codes into tiles
+    whole = linear.joined(parts)
+    assert whole._for_own and whole.weight.dtype == torch.uint8 and torch.equal(whole.stored(), stored)
+    assert torch.equal(whole(x), right)
+    one = layer(name, 64, 128)  # whose codes are as they were stored
+    mixed = linear.joined([*parts, one])
+    assert mixed.weight.dtype == torch.int8 and torch.equal(mixed.stored(), torch.cat((stored, one.stored())))
+    assert torch.equal(mixed(x), torch.cat((right, one(x)), -1))
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @torch.inference_mode()
 def test_norms_are_as_exact_as_torchs(dtype):

@@ -99,6 +99,7 @@ def test_a_file_is_classified_measured_reviewed_and_handed_to_fine_tuning(page, 
     expect(page.get_by_text(f"9 of {ROWS} rows seen by Ann")).to_be_visible(timeout=60_000)
     page.keyboard.press("2")
     expect(page.get_by_text(f"10 of {ROWS} rows seen by Ann")).to_be_visible(timeout=60_000)
+    settled(page)  # the next row is drawn after the count
     shown = row.inner_text()
 
     # nothing is lost

@@ -59,15 +59,15 @@ def test_glm_mini_is_measured_at_four_levels(page, own_server, tmp_path):
     page.reload()
     settled(page)
     for level in LEVELS:
-        expect(page.locator(f".st-key-level_{level}").get_by_text("24 of 24 rows")).to_be_visible(
-            timeout=400_000
-        )
+        box = page.locator(f".st-key-level_{level}")
+        expect(box.get_by_text(re.compile("^loaded "))).to_be_visible(timeout=400_000)
+        expect(box.get_by_text("24 of 24 rows")).to_be_visible(timeout=400_000)
     settled(page)
     expect(page.get_by_text("Predicted and measured")).to_be_visible()
     expect(page.get_by_text("Quality, memory and speed")).to_be_visible(timeout=120_000)
     expect(figures(page)).to_have_count(3, timeout=60_000)
     for level in LEVELS.values():
-        expect(figures(page).first).to_contain_text(level)
+        expect(figures(page).first).to_contain_text(level, timeout=60_000)
 
     # the rows whose answer changed
     changed = page.locator(".st-key-memory_changed")

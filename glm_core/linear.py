@@ -271,7 +271,8 @@ def joined(layers: Sequence[nn.Module]) -> nn.Module | None:
     first = codes[0]
     rows = sum(one.out_features for one in codes)
     whole = RowwiseLinear(first.in_features, rows, first.bits, bias=False, device="meta")
-    whole._for_own = all(one._for_own for one in codes)  # whole tiles, which stay as they are
+    # Whole tiles stay as they are.
+    whole._for_own = all(one._for_own and one.weight.dtype == torch.uint8 for one in codes)
     parts = [one.weight.detach() if whole._for_own else one.stored() for one in codes]
     whole.weight = nn.Parameter(torch.cat(parts), False)
     whole.weight_scale = nn.Parameter(torch.cat([one.weight_scale.detach() for one in codes]), False)

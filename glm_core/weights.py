@@ -290,24 +290,24 @@ def can_list(files: Sequence[Path]) -> bool:
 
 
 def tensors(
-    files: Sequence[Path], wanted: Callable[[str], bool] = lambda name: True
+    files: Sequence[Path], wanted: Callable[[str], bool] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) one after another; each is a view of its mapped file and is to be copied or converted.
 
-    While one is converted, the system reads those behind it. GLMError naming the file when one cannot be read or
+    While one is converted, the system reads those behind it, if all are wanted. GLMError naming the file when one cannot be read or
     holds anything but tensors.
     """
     from safetensors import SafetensorError, safe_open
 
     owners = _Owners(files)
-    with _Reading(files) as reading:
+    with _Reading(files if wanted is None else ()) as reading:
         for file in files:
             _refuse_damaged(file)
             if file.suffix == ".safetensors":
                 try:
                     with safe_open(str(file), framework="pt", device="cpu") as opened:
                         for name in opened.offset_keys():
-                            if wanted(name) and owners.take(name, file):
+                            if (wanted is None or wanted(name)) and owners.take(name, file):
                                 tensor = opened.get_tensor(name)
                                 yield name, tensor
                                 reading.passed(file, tensor)
@@ -319,7 +319,7 @@ def tensors(
                 whole = _unpickled(file, "cpu")
                 for name in list(whole):
                     tensor = whole.pop(name)
-                    if wanted(name) and owners.take(name, file):
+                    if (wanted is None or wanted(name)) and owners.take(name, file):
                         yield name, tensor
                     reading.passed(file, tensor)
 

@@ -207,10 +207,8 @@ def test_a_weight_is_coded_into_tiles_as_its_codes_would_be(bits, monkeypatch):
         assert torch.equal(one.weight_scale, right.weight_scale)
         right(torch.zeros(1, columns).bfloat16())
         assert torch.equal(one.weight, right.weight)
-    for dtype, tiled in (
-        (torch.float32, True),
-        (torch.bfloat16, False),
-    ):  # fp32 reads the released order sooner
+    # fp32 reads the released order sooner; a weight that another module shares keeps it.
+    for dtype, tiled in ((torch.float32, True), (torch.bfloat16, False)):
         one = RowwiseLinear(columns, rows, bits, bias=False, device="meta", tiled=tiled)
         assert torch.equal(one.coded(plain.weight, dtype)["weight"], stored) and not one._for_own
 
@@ -226,7 +224,9 @@ def test_joined_layers_keep_their_tiles(name):
     whole = linear.joined(parts)
     assert whole._for_own and whole.weight.dtype == torch.uint8 and torch.equal(whole.stored(), stored)
     assert torch.equal(whole(x), right)
-    one = layer(name, 64, 128)  # whose codes are as they were stored
+    one = layer(name, 64, 128)
+    one(x)
+    one.load_state_dict(one.state_dict())  # which puts the codes back as they were stored
     mixed = linear.joined([*parts, one])
     assert mixed.weight.dtype == torch.int8 and torch.equal(mixed.stored(), torch.cat((stored, one.stored())))
     assert torch.equal(mixed(x), torch.cat((right, one(x)), -1))

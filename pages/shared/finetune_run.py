@@ -71,7 +71,8 @@ def head(job: Job) -> None:
 
 def live_view(job: Job, status: TrainingStatus) -> None:
     """Figures, curve, answers to dev questions and what the training says."""
-    _told(job, status)
+    with st.container():  # what it says goes as the first step comes, and all below it would be there twice
+        _told(job, status)
     if job.state in job_panel.MOVING or status.step:
         _figures(job, status)
     if job.state in (*job_panel.MOVING, "paused"):

@@ -267,9 +267,10 @@ def _delete(job_id: str) -> None:
 
 
 def problem() -> None:
-    """Why the last click on a job changed nothing."""
-    if error := state.session("job_problem"):
-        panels.problem(error)
+    """Why the last click on a job changed nothing; in a place of its own, so that nothing moves up as it goes."""
+    with st.container():
+        if error := state.session("job_problem"):
+            panels.problem(error)
 
 
 def last_rows(job: Job) -> None:

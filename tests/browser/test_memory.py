@@ -20,7 +20,17 @@ def figures(page):
     return page.locator(".js-plotly-plot")
 
 
+# How many cards of one level were on the page at most: an old one that stays while the new one is drawn is a second.
+COUNTED = """
+window.most = 0
+new MutationObserver(() => {
+    most = Math.max(most, document.querySelectorAll('.st-key-level_fp32').length)
+}).observe(document, {childList: true, subtree: true})
+"""
+
+
 def test_glm_mini_is_measured_at_four_levels(page, own_server, tmp_path):
+    page.add_init_script(COUNTED)
     page.goto(f"{own_server.url}/memory?model=chatglm2-6b")
     settled(page)
 
@@ -63,6 +73,7 @@ def test_glm_mini_is_measured_at_four_levels(page, own_server, tmp_path):
         expect(box.get_by_text(re.compile("^loaded "))).to_be_visible(timeout=400_000)
         expect(box.get_by_text("24 of 24 rows")).to_be_visible(timeout=400_000)
     settled(page)
+    assert page.evaluate("most") == 1
     expect(page.get_by_text("Predicted and measured")).to_be_visible()
     expect(page.get_by_text("Quality, memory and speed")).to_be_visible(timeout=120_000)
     expect(figures(page)).to_have_count(3, timeout=60_000)

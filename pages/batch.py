@@ -265,14 +265,14 @@ def show_job(job_id: str) -> None:
     table_input.leave_address()
     job_panel.steady()
     over = job.state in ("done", "cancelled", "failed")
-    (progress if over else live)(job_id, job.state)
+    (watch.once if over else watch)(job_id, job.state)
     if job.state not in job_panel.MOVING and job.total:
         results_panel.results(job)
     how_it_was_made(job.id)
 
 
 @live(run_every=1)
-def live(job_id: str, drawn: str) -> None:
+def watch(job_id: str, drawn: str) -> None:
     """`progress`, looked at every second."""
     with st.container(key="polled_job"):
         progress(job_id, drawn)

@@ -70,8 +70,9 @@ def ballots(trial_id: str) -> None:
     except GLMError as error:
         panels.problem(error)
         return
-    if error := state.session("compare.vote_problem"):
-        panels.problem(error)
+    with st.container():
+        if error := state.session("compare.vote_problem"):
+            panels.problem(error)
     mine = [one for one in given if one.voter == " ".join(_voter().split())]
     voted = {one.ballot for one in mine}
     left = [one for one in found if one not in voted]
@@ -79,8 +80,11 @@ def ballots(trial_id: str) -> None:
         st.progress((len(found) - len(left)) / len(found))
         count, whole = len(found) - len(left), len(found)
         st.caption(t(f"{count} of {whole} voted on", f"已投 {count} / {whole}"))
-    if mine:
-        _last(trial, mine[-1])
+    with (
+        st.container()
+    ):  # a place that stays when a vote is taken back: the ballot would be there twice for a moment
+        if mine:
+            _last(trial, mine[-1])
     if left:
         _ballot(trials, trial, left[0], bool(mine))
     else:

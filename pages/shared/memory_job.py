@@ -32,7 +32,7 @@ def show(job_id: str) -> None:
     job_panel.steady()
     runs = memory.quality_runs(state.job_store(), job_id)
     moving = job.state in (*job_panel.MOVING, "paused") or any(one.state in job_panel.MOVING for one in runs)
-    (_watch if moving else _progress)(job_id, _stamp(job, runs))
+    (_watch if moving else _watch.once)(job_id, _stamp(job, runs))
     results = memory.results(state.job_store(), job_id)
     found = [level for _, level, _ in results if level is not None]
     if found:
@@ -54,12 +54,12 @@ def _stamp(job: Job, runs: list[Run]) -> str:
 
 @live(run_every=1)
 def _watch(job_id: str, drawn: str) -> None:
+    """Head, levels and evaluations; the page is drawn anew when one of them came to its end."""
     with st.container(key="polled_job"):
         _progress(job_id, drawn)
 
 
 def _progress(job_id: str, drawn: str) -> None:
-    """Head, levels and evaluations; the page is drawn anew when one of them came to its end."""
     try:
         job = state.job_store().get(job_id)
     except GLMError:

@@ -87,9 +87,12 @@ def need_model() -> Engine | None:
     """The loaded engine; where there is none, a box that loads the embedded model, and None."""
     engine = state.current_engine()
     kind, _ = state.model_state()
-    if engine is not None and kind == "ready":
-        return engine
-    _no_model_box()
+    with (
+        st.container()
+    ):  # a place that stays when the box goes: the page below would be there twice for a moment
+        if engine is not None and kind == "ready":
+            return engine
+        _no_model_box()
     return None
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, ParamSpec
+from functools import update_wrapper, wraps
+from typing import Any, Generic, ParamSpec
 
 import streamlit as st
 from streamlit.runtime.app_session import AppSession
@@ -23,10 +23,13 @@ WAIT_S, LONGEST_S = 0.01, 2.0  # a browser that went away takes nothing any more
 P = ParamSpec("P")
 
 
-def live(run_every: float | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """`st.fragment` in a container of its own; `run_every` in seconds."""
+class Part(Generic[P]):
+    """A part of a page. Called, it draws itself as `st.fragment` in a container of its own."""
 
-    def decorate(part: Callable[P, None]) -> Callable[P, None]:
+    def __init__(self, part: Callable[P, None], run_every: float | None) -> None:
+        update_wrapper(self, part)
+        self.part = part
+
         @wraps(part)
         def checked(*args: P.args, **kwargs: P.kwargs) -> None:
             from pages.shared import state
@@ -35,16 +38,22 @@ def live(run_every: float | None = None) -> Callable[[Callable[P, None]], Callab
                 st.rerun()
             part(*args, **kwargs)
 
-        fragment = st.fragment(checked, run_every=run_every)
+        self.fragment = st.fragment(checked, run_every=run_every)
 
-        @wraps(part)
-        def draw(*args: P.args, **kwargs: P.kwargs) -> None:
-            with st.container():
-                fragment(*args, **kwargs)
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        with st.container():
+            self.fragment(*args, **kwargs)
 
-        return draw
+    def once(self, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Draw it without timer or fragment, in the same container: drawn elsewhere, what was on the screen until
+        then and what comes are both there for as long as the run takes."""
+        with st.container(), st.container():  # a fragment brings one, too
+            self.part(*args, **kwargs)
 
-    return decorate
+
+def live(run_every: float | None = None) -> Callable[[Callable[P, None]], Part[P]]:
+    """Make a function a `Part`; `run_every` in seconds."""
+    return lambda part: Part(part, run_every)
 
 
 def is_ending(session: Any) -> bool:

@@ -58,3 +58,19 @@ def test_a_part_that_starts_anew_before_it_was_sent_breaks_no_page(decorator, br
     assert gap(queue) is None and len(own) == 1
     queue.clear(retain_lifecycle_msgs=True, fragment_ids_this_run=list(own))  # as a run of the part begins
     assert (gap(queue) is not None) is broken
+
+
+def places(queue):
+    """Where the elements of a page are, in order."""
+    return [
+        tuple(m.metadata.delta_path)
+        for m in queue._queue
+        if m.WhichOneof("type") == "delta" and m.delta.WhichOneof("type") == "new_element"
+    ]
+
+
+def test_a_part_drawn_once_is_where_it_was_drawn_again_and_again(monkeypatch):
+    page = PAGE.format(decorator="live(run_every=1)")
+    again, once = sent(page, monkeypatch), sent(page.replace("part()\nst", "part.once()\nst"), monkeypatch)
+    assert places(once) == places(again) and len(places(once)) == 3
+    assert not any(m.delta.fragment_id for m in once._queue if m.WhichOneof("type") == "delta")

@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glm_core import checkpoints, cli, evaluate, jobs, linear, memory
+from glm_core.checkpoints import loading
 from glm_core.engine import Engine, GenerationSettings, KVCache, Request
 from glm_core.errors import GLMError
 from glm_core.finetune import preflight
@@ -216,6 +217,20 @@ def test_a_training_is_what_the_fine_tuning_page_says(tmp_path, tiny_checkpoint)
     assert {name: ours[name] for name in theirs if name != "program"} == {
         name: theirs[name] for name in theirs if name != "program"
     }
+
+
+def test_the_model_of_a_training_is_built_once_for_all_predictions(monkeypatch):
+    built = []
+    empty = loading.empty_model
+    monkeypatch.setattr(loading, "empty_model", lambda *given: built.append(given) or empty(*given))
+    of = replace(memory.shape("chatglm2-6b"), name="of this test")
+    found = [
+        memory.predict(of, precision, context, batch, Method("lora")).total
+        for precision in ("fp32", "bf16", "int4")
+        for context in (128, 640)
+        for batch in (1, 4)
+    ]
+    assert len(set(found)) == 12 and len(built) == 1
 
 
 def test_all_weights_cannot_be_trained_as_codes():

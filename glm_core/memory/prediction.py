@@ -11,6 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from .shapes import Shape, shape
 
 if TYPE_CHECKING:
     from ..finetune.methods import Method
+    from ..finetune.preflight import _Sizes
+    from ..finetune.work import FinetuneTask
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 SCALE_BYTES = 2
@@ -295,28 +298,16 @@ def gap_bytes(of: Shape, precision: str, whole: bool, caches: int, activations: 
 def _training(
     of: Shape, precision: str, context: int, batch: int, method: Method, kind: str, program: int | None
 ) -> Prediction:
-    """As finetune.preflight predicts it; it reads a folder, which a built-in shape is given for that moment."""
+    """As finetune.preflight predicts it."""
     from ..finetune import preflight
-    from ..finetune.examples import Problem
-    from ..finetune.loop import Plan
-    from ..finetune.work import FinetuneTask
 
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
-        (folder / "config.json").write_text(of.config, encoding="utf-8")
-        task = FinetuneTask(
-            str(folder), Plan(method, precision, 1e-3, batch, 1, 1), "", "", max_source=context // 2,
-            max_target=context - context // 2 - 1, device=kind,
-        )  # fmt: skip
-        problems: list[Problem] = []
-        sizes = preflight._sizes(task, _info(of, folder), precision, kind, problems)
-    if problems:
-        raise GLMError(problems[0].message, problems[0].todo)
     if method.kind in ("full", "freeze") and bits_of(of, precision):
         raise GLMError(
             f"The weights are INT8/INT4 codes, which {method.kind} fine-tuning cannot change.",
             "Load the model in bf16 or fp32, or choose lora or p-tuning-v2.",
         )
+    sizes = _sizes(of, method)
+    task = _task("", method, precision, context, batch, kind)
     parts = preflight._memory(task, precision, kind, sizes, context, context - context // 2)
     parts["weights"] = weight_bytes(of, precision)
     parts = {name: parts[name] for name in parts if name != "program"} | {"overhead": parts["program"]}
@@ -326,6 +317,38 @@ def _training(
         of.name, of.family, precision, kind, context, batch, method.kind, parts,
         parts["weights"] + program_bytes(kind, program),
     )  # fmt: skip
+
+
+def _task(folder: str, method: Method, precision: str, context: int, batch: int, kind: str) -> FinetuneTask:
+    """Half of the context is the question."""
+    from ..finetune.loop import Plan
+    from ..finetune.work import FinetuneTask
+
+    return FinetuneTask(
+        folder, Plan(method, precision, 1e-3, batch, 1, 1), "", "", max_source=context // 2,
+        max_target=context - context // 2 - 1, device=kind,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _sizes(of: Shape, method: Method) -> _Sizes:
+    """Kept, because the model is built for them, if without values: 0.2 s, and a page shows a hundred predictions.
+
+    Those that no precision changes. They are read from a folder, which a built-in shape is given for that moment.
+    GLMError where there are none.
+    """
+    from ..finetune import preflight
+    from ..finetune.examples import Problem
+
+    problems: list[Problem] = []
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        (folder / "config.json").write_text(of.config, encoding="utf-8")
+        task = _task(made, method, "fp32", 2, 1, "cpu")
+        sizes = preflight._sizes(task, _info(of, folder), "fp32", "cpu", problems)
+    if problems:
+        raise GLMError(problems[0].message, problems[0].todo)
+    return sizes
 
 
 def _info(of: Shape, folder: Path) -> Any:

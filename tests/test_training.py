@@ -163,7 +163,7 @@ def test_a_step_equals_that_of_transformers_trainer(tmp_path):
 # ------------------------------------------------------------------------------------------------ learning
 
 RATES = {"prefix": 0.3, "lora": 1e-2, "freeze": 1e-2, "full": 5e-3}
-STEPS = {"prefix": 200, "lora": 120, "freeze": 120, "full": 120}
+STEPS = {"prefix": 160, "lora": 70, "freeze": 90, "full": 70}
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

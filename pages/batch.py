@@ -265,7 +265,7 @@ def show_job(job_id: str) -> None:
     table_input.leave_address()
     job_panel.steady()
     over = job.state in ("done", "cancelled", "failed")
-    (watch.once if over else watch)(job_id, job.state)
+    (progress if over else watch)(job_id, job.state)
     if job.state not in job_panel.MOVING and job.total:
         results_panel.results(job)
     how_it_was_made(job.id)

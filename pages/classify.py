@@ -102,7 +102,7 @@ def show_job(job_id: str) -> None:
         return
     table_input.leave_address()
     job_panel.steady()
-    (watch if job.state in (*job_panel.MOVING, "paused") else watch.once)(job_id, job.state)
+    (watch if job.state in (*job_panel.MOVING, "paused") else progress)(job_id, job.state)
     if job.state not in job_panel.MOVING and job.done:
         try:
             results(classify_data.found(job))

@@ -9,14 +9,37 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 WORKING = ("glm-jobs", "glm-job-run", "glm-load", "glm-startup", "glm-votes")  # threads that use the model
+LONG = ("test_training", "test_generations", "test_no_tools", "test_finetune_job")
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden"
 SHARED = Path(os.environ.get("GLM_SHARED_DATA", REPOSITORY.parent / "shared" / "data")).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first: at the end it would keep one worker busy and leave the others nothing to do."""
+    first = ("browser", *LONG)
+    place = {name: index for index, name in enumerate(first)}
+    items.sort(
+        key=lambda item: min(place.get(part, len(first)) for part in (*item.path.parts, item.path.stem))
+    )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """One worker has all tests with a browser: a server and a page wait much, which the others' work then fills."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneBrowser(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "browser" if "/browser/" in nodeid else str(super()._split_scope(nodeid))
+
+    return OneBrowser(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(autouse=True)

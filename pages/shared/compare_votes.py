@@ -80,11 +80,10 @@ def ballots(trial_id: str) -> None:
         st.progress((len(found) - len(left)) / len(found))
         count, whole = len(found) - len(left), len(found)
         st.caption(t(f"{count} of {whole} voted on", f"已投 {count} / {whole}"))
-    with (
-        st.container()
-    ):  # a place that stays when a vote is taken back: the ballot would be there twice for a moment
-        if mine:
-            _last(trial, mine[-1])
+    if mine:
+        _last(trial, mine[-1])
+    else:
+        st.empty()  # in its place: moved up when a vote is taken back, the ballot would be there twice for a moment
     if left:
         _ballot(trials, trial, left[0], bool(mine))
     else:

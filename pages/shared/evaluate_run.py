@@ -58,7 +58,7 @@ def show(run_id: str) -> None:
     except GLMError as error:
         panels.problem(error)
         return
-    (watch if job.state in (*job_panel.MOVING, "paused") else watch.once)(run_id, job.state)
+    (watch if job.state in (*job_panel.MOVING, "paused") else progress)(run_id, job.state)
     if job.state in job_panel.MOVING or not job.done:
         return
     dashboard(run)

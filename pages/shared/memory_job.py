@@ -68,12 +68,12 @@ def _progress(job_id: str, drawn: str) -> None:
     if _stamp(job, runs) != drawn:
         st.rerun()
     job_panel.head(job)
-    with (
-        st.container()
-    ):  # a place that stays when the bar goes: the levels would else be there twice while one waits
-        job_panel.problem()
-        if job.state != "done":
-            job_panel.bar(job)
+    job_panel.problem()
+    if job.state != "done":
+        job_panel.bar(job)
+    else:
+        st.empty()  # in its place: moved up, the levels would be there twice until the page is drawn
+    with st.container():
         job_panel.message(job)
     asked = {one.task.precision: one for one in runs}
     levels = memory.results(state.job_store(), job_id)

@@ -87,12 +87,10 @@ def need_model() -> Engine | None:
     """The loaded engine; where there is none, a box that loads the embedded model, and None."""
     engine = state.current_engine()
     kind, _ = state.model_state()
-    with (
-        st.container()
-    ):  # a place that stays when the box goes: the page below would be there twice for a moment
-        if engine is not None and kind == "ready":
-            return engine
-        _no_model_box()
+    if engine is not None and kind == "ready":
+        st.empty()  # in the place of the box: moved up, the page would be there twice until all of it is drawn
+        return engine
+    _no_model_box()
     return None
 
 

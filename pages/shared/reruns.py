@@ -45,8 +45,7 @@ class Part(Generic[P]):
             self.fragment(*args, **kwargs)
 
     def once(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Draw it without timer or fragment, in the same container: drawn elsewhere, what was on the screen until
-        then and what comes are both there for as long as the run takes."""
+        """Draw it without timer or fragment, in the same container: what follows it on the page stays in its place."""
         with st.container(), st.container():  # a fragment brings one, too
             self.part(*args, **kwargs)
 

@@ -766,6 +766,7 @@ class Kernels:
         self._machine = _machine(self._llvm)
         self._engines: list[Any] = []  # own the machine code
         self._made: dict[tuple[str, int, torch.dtype], int] = {}
+        self._right: dict[int, bool] = {}  # by bits: whether `tiles` was tried and is
         self._lock = threading.Lock()
 
     def __call__(
@@ -861,14 +862,27 @@ class Kernels:
     def tiles(self, stored: Tensor, bits: int, out: Tensor | None = None) -> Tensor:
         """As `codes_in_tiles`; into a contiguous tensor if one is given."""
         stored = stored.contiguous()
-        columns = stored.shape[1] * 8 // bits
         out = torch.empty_like(stored, dtype=torch.uint8) if out is None else out
-        if columns % (4 * LANES):
+        if (stored.shape[1] * 8 // bits) % (4 * LANES) or not self._turns(bits):
             return out.copy_(codes_in_tiles(stored, bits))
+        self._turn(stored, bits, out)
+        return out
+
+    def _turn(self, stored: Tensor, bits: int, out: Tensor) -> None:
         name = f"tiles {bits}"
         made = self._made.get((name, 0, stored.dtype)) or self._make(name, 0, stored.dtype)
+        columns = stored.shape[1] * 8 // bits
         self._run(made, stored.data_ptr(), out.data_ptr(), stored.shape[0] // TILE, columns)
-        return out
+
+    def _turns(self, bits: int) -> bool:
+        """Whether codes get where torch puts them, with a second tile and a second square. Tried at the first codes:
+        most models have none, and LLVM takes 0.2 s for it."""
+        if bits not in self._right:
+            stored = torch.arange(2 * TILE * 128).mul(7919).view(2 * TILE, 128).to(torch.int8)
+            out = torch.empty_like(stored, dtype=torch.uint8)
+            self._turn(stored, bits, out)
+            self._right[bits] = torch.equal(out, codes_in_tiles(stored, bits))
+        return self._right[bits]
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """RMSNorm (Zhang and Sennrich 2019) of (..., columns), a multiple of 16; the weight has the dtype of x."""
@@ -957,8 +971,6 @@ def _try() -> tuple[Kernels | None, str]:
             wrong.append("norm")
         if not _quantizes(found):
             wrong.append("codes")
-        if not _tiles(found):
-            wrong.append("tiles")
     except _Missing as error:
         return None, str(error)
     except Exception as error:  # of a library in another version than the one that was tried
@@ -1028,12 +1040,6 @@ def _quantizes(found: Kernels) -> bool:
         if not right or not torch.equal(found_scale, scale):
             return False
     return True
-
-
-def _tiles(found: Kernels) -> bool:
-    """Whether codes get where torch puts them, with a second tile and a second square."""
-    stored = torch.arange(2 * TILE * 128).mul(7919).view(2 * TILE, 128).to(torch.int8)
-    return all(torch.equal(found.tiles(stored, bits), codes_in_tiles(stored, bits)) for bits in (8, 4))
 
 
 def in_tiles(weight: Tensor) -> Tensor:

@@ -389,6 +389,17 @@ def test_kernels_that_compute_wrong_are_not_used(untried, monkeypatch):
     assert kernels.state() == "torch's (wrong products of int4, int4 groups, int8)"
 
 
+@needs_kernels
+def test_tiles_that_are_wrong_are_made_by_torch(monkeypatch):
+    found, right = kernels.Kernels(), kernels.codes_in_tiles
+    stored = torch.arange(64 * 128).to(torch.int8).view(64, 128)
+    monkeypatch.setattr(kernels, "codes_in_tiles", lambda stored, bits: right(stored, bits) ^ 1)
+    for bits in (8, 4):
+        assert torch.equal(found.tiles(stored, bits), right(stored, bits) ^ 1)
+    assert found._right == {8: False, 4: False}
+    kernels._all.append(found)  # never freed
+
+
 def test_a_lesser_processor_is_told(untried, monkeypatch):
     pytest.importorskip("llvmlite")
     monkeypatch.setattr(kernels, "FEATURES", ("avx512f-of-the-future",))

@@ -1,9 +1,11 @@
 # Two commands: `make run` opens the workbench, `make test` runs every check.
-# Both make .venv on first use and need the network only for that. --no-compile: of 22,000 files the workbench imports
-# 4,000, and Python compiles those when it does; all of them take a minute.
+# Both make .venv on first use and need the network only for that.
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Of the 22,000 files in .venv the workbench imports 4,000. pip would take a minute to compile them all, so Python does it
+# when it imports one, and keeps it for the next start also where it is told to keep nothing, as in many containers.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run test
 .DEFAULT_GOAL := run

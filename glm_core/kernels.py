@@ -880,8 +880,11 @@ class Kernels:
         if bits not in self._right:
             stored = torch.arange(2 * TILE * 128).mul(7919).view(2 * TILE, 128).to(torch.int8)
             out = torch.empty_like(stored, dtype=torch.uint8)
-            self._turn(stored, bits, out)
-            self._right[bits] = torch.equal(out, codes_in_tiles(stored, bits))
+            try:
+                self._turn(stored, bits, out)
+                self._right[bits] = torch.equal(out, codes_in_tiles(stored, bits))
+            except Exception:  # of a library in another version than the one that was tried
+                self._right[bits] = False
         return self._right[bits]
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

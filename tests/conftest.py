@@ -15,7 +15,7 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 WORKING = ("glm-jobs", "glm-job-run", "glm-load", "glm-startup", "glm-votes")  # threads that use the model
-LONG = ("test_training", "test_generations", "test_no_tools", "test_finetune_job")
+LONG = ("/browser/", "test_training.py", "test_generations.py", "test_no_tools.py", "test_finetune_job.py")
 REPOSITORY = Path(__file__).resolve().parent.parent
 GOLDEN = REPOSITORY / "tests" / "golden"
 SHARED = Path(os.environ.get("GLM_SHARED_DATA", REPOSITORY.parent / "shared" / "data")).parent
@@ -23,11 +23,7 @@ SHARED = Path(os.environ.get("GLM_SHARED_DATA", REPOSITORY.parent / "shared" / "
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest comes first: at the end it would keep one worker busy and leave the others nothing to do."""
-    first = ("browser", *LONG)
-    place = {name: index for index, name in enumerate(first)}
-    items.sort(
-        key=lambda item: min(place.get(part, len(first)) for part in (*item.path.parts, item.path.stem))
-    )
+    items.sort(key=lambda item: next((i for i, name in enumerate(LONG) if name in item.nodeid), len(LONG)))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -113,7 +113,7 @@ def predict(
     device = _device(task.device, problems)
     precision = _precision(info, plan, device, problems)
     problems += _context(task, info)
-    sizes = _Sizes() if info.problems else _sizes(task, info, precision, device, problems)
+    sizes = _Sizes() if info.problems else _sizes(task.plan.method, info, precision, device, problems)
     width = longest or task.max_source + task.max_target + 1
     if task.adapt is not None:
         width = max(width, task.adapt.length)
@@ -298,7 +298,7 @@ class _Sizes:
 
 
 def _sizes(
-    task: FinetuneTask, info: CheckpointInfo, precision: str, device: str, problems: list[Problem]
+    method: Method, info: CheckpointInfo, precision: str, device: str, problems: list[Problem]
 ) -> _Sizes:
     """From a model without values, built from the configuration; a problem instead where none can be."""
     import torch
@@ -307,7 +307,6 @@ def _sizes(
     from ..weights import listing, weight_files
     from .methods import _last_layers
 
-    method = task.plan.method
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     dtype = dtype or devices.beside_codes(device)
     bits, group = (info.bits, info.group) if info.bits else code_bits(precision)

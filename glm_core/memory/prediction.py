@@ -23,7 +23,6 @@ from .shapes import Shape, shape
 if TYPE_CHECKING:
     from ..finetune.methods import Method
     from ..finetune.preflight import _Sizes
-    from ..finetune.work import FinetuneTask
 
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2}
 SCALE_BYTES = 2
@@ -300,6 +299,8 @@ def _training(
 ) -> Prediction:
     """As finetune.preflight predicts it."""
     from ..finetune import preflight
+    from ..finetune.loop import Plan
+    from ..finetune.work import FinetuneTask
 
     if method.kind in ("full", "freeze") and bits_of(of, precision):
         raise GLMError(
@@ -307,7 +308,10 @@ def _training(
             "Load the model in bf16 or fp32, or choose lora or p-tuning-v2.",
         )
     sizes = _sizes(of, method)
-    task = _task("", method, precision, context, batch, kind)
+    task = FinetuneTask(
+        "", Plan(method, precision, 1e-3, batch, 1, 1), "", "", max_source=context // 2,
+        max_target=context - context // 2 - 1, device=kind,
+    )  # fmt: skip
     parts = preflight._memory(task, precision, kind, sizes, context, context - context // 2)
     parts["weights"] = weight_bytes(of, precision)
     parts = {name: parts[name] for name in parts if name != "program"} | {"overhead": parts["program"]}
@@ -319,23 +323,12 @@ def _training(
     )  # fmt: skip
 
 
-def _task(folder: str, method: Method, precision: str, context: int, batch: int, kind: str) -> FinetuneTask:
-    """Half of the context is the question."""
-    from ..finetune.loop import Plan
-    from ..finetune.work import FinetuneTask
-
-    return FinetuneTask(
-        folder, Plan(method, precision, 1e-3, batch, 1, 1), "", "", max_source=context // 2,
-        max_target=context - context // 2 - 1, device=kind,
-    )  # fmt: skip
-
-
 @lru_cache(maxsize=64)
 def _sizes(of: Shape, method: Method) -> _Sizes:
-    """Kept, because the model is built for them, if without values: 0.2 s, and a page shows a hundred predictions.
+    """What a training adds to a model, at whatever precision, context and batch.
 
-    Those that no precision changes. They are read from a folder, which a built-in shape is given for that moment.
-    GLMError where there are none.
+    A model without values is built for it, in 0.2 s; a page shows a hundred predictions, so it is kept. It is read from a
+    folder, which a built-in shape is given for that moment. GLMError where the method does not fit the model.
     """
     from ..finetune import preflight
     from ..finetune.examples import Problem
@@ -344,8 +337,7 @@ def _sizes(of: Shape, method: Method) -> _Sizes:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         (folder / "config.json").write_text(of.config, encoding="utf-8")
-        task = _task(made, method, "fp32", 2, 1, "cpu")
-        sizes = preflight._sizes(task, _info(of, folder), "fp32", "cpu", problems)
+        sizes = preflight._sizes(method, _info(of, folder), "fp32", "cpu", problems)
     if problems:
         raise GLMError(problems[0].message, problems[0].todo)
     return sizes

@@ -55,11 +55,6 @@ def _stamp(job: Job, runs: list[Run]) -> str:
 @live(run_every=1)
 def _watch(job_id: str, drawn: str) -> None:
     """Head, levels and evaluations; the page is drawn anew when one of them came to its end."""
-    with st.container(key="polled_job"):
-        _progress(job_id, drawn)
-
-
-def _progress(job_id: str, drawn: str) -> None:
     try:
         job = state.job_store().get(job_id)
     except GLMError:
@@ -67,19 +62,20 @@ def _progress(job_id: str, drawn: str) -> None:
     runs = memory.quality_runs(state.job_store(), job_id)
     if _stamp(job, runs) != drawn:
         st.rerun()
-    job_panel.head(job)
-    job_panel.problem()
-    if job.state != "done":
-        job_panel.bar(job)
-    else:
-        st.empty()  # in its place: moved up, the levels would be there twice until the page is drawn
-    with st.container():
-        job_panel.message(job)
-    asked = {one.task.precision: one for one in runs}
-    levels = memory.results(state.job_store(), job_id)
-    with st.grid(max(2, len(levels)), min_column_width=150):
-        for level, found, error in levels:
-            _level(job, level, found, error, asked.get(level))
+    with st.container(key="polled_job"):
+        job_panel.head(job)
+        job_panel.problem()
+        if job.state != "done":
+            job_panel.bar(job)
+        else:
+            st.empty()  # in its place: moved up, the levels would be there twice until the page is drawn
+        with st.container():
+            job_panel.message(job)
+        asked = {one.task.precision: one for one in runs}
+        levels = memory.results(state.job_store(), job_id)
+        with st.grid(max(2, len(levels)), min_column_width=150):
+            for level, found, error in levels:
+                _level(job, level, found, error, asked.get(level))
 
 
 def _level(job: Job, level: str, found: Level | None, error: str, run: Run | None) -> None:
